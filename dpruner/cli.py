@@ -1,0 +1,242 @@
+"""The command line: prune, runs, export. Exit code 0, 1 (failed: one line why and what to do) or 2 (bad arguments)."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+import typing
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from dpruner.config import RunConfig
+from dpruner.errors import InputError
+
+REPEATED = {"domains": "domain", "methods": "method"}   # settings that take several values, named once for each on the command line
+UNITS = {"general importance": "block", "compensation": "block", "sparsegpt": "block", "wanda": "block", "evaluation": "batch of windows"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    args = parser().parse_args(arguments)
+    try:
+        args.command(args)
+        return 0
+    except InputError as error:
+        print(error, file=sys.stderr)
+    except KeyboardInterrupt:
+        print("Stopped: you pressed ctrl-C; nothing half-written is left, start it again when you like.", file=sys.stderr)
+    except BrokenPipeError:
+        sys.stderr.close()   # the reader of a pipe went away: nobody is left to tell
+    except Exception as error:
+        if args.traceback:
+            raise
+        print(f"It failed unexpectedly: {type(error).__name__}: {error}; run it again with --traceback and report what it prints.", file=sys.stderr)
+    return 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    top = argparse.ArgumentParser(prog="python -m dpruner", description="Domain-specific pruning of language models.")
+    commands = top.add_subparsers(required=True, metavar="command")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print the result as JSON")
+    common.add_argument("--runs", default="runs", metavar="FOLDER", help="folder of the run folders (default: runs)")
+    common.add_argument("--traceback", action="store_true", help="show where an unexpected failure came from")
+
+    prune = commands.add_parser("prune", parents=[common], help="prune a model for one or more domains, evaluate, keep everything in a run folder")
+    prune.add_argument("--config", metavar="FILE", help="a run.json or its settings, to repeat a run; other options override it")
+    prune.add_argument("--cache", default="cache", metavar="FOLDER", help="folder of what runs share (default: cache)")
+    for field in dataclasses.fields(RunConfig):
+        _add_setting(prune, field)
+    prune.set_defaults(command=command_prune)
+
+    runs = commands.add_parser("runs", parents=[common], help="list the runs, or show one")
+    runs.add_argument("run", nargs="?", help="id of a run, the start of it, a folder, or 'last'")
+    runs.set_defaults(command=command_runs)
+
+    export = commands.add_parser("export", parents=[common], help="write a pruned checkpoint that AutoModelForCausalLM loads")
+    export.add_argument("run", help="id of a run, the start of it, a folder, or 'last'")
+    export.add_argument("--method", required=True, help="whose mask")
+    export.add_argument("--domain", required=True, help="for which domain")
+    export.add_argument("--to", required=True, metavar="FOLDER", help="folder to make")
+    export.set_defaults(command=command_export)
+    return top
+
+
+def _add_setting(prune: argparse.ArgumentParser, field: dataclasses.Field) -> None:
+    """One option for one setting of a run; options that are not given leave the config file's value, then the default."""
+    explained = field.metadata["help"].replace("%", "%%")
+    options = {"dest": field.name, "default": None, "help": f"{explained} (default: {_shown(field.default)})"}
+    if field.name in REPEATED:
+        prune.add_argument(f"--{REPEATED[field.name]}", action="append", metavar="NAME", **options)
+        return
+    flag = f"--{field.name.replace('_', '-')}"
+    kinds = typing.get_args(field.type) or (field.type,)
+    if bool in kinds:
+        prune.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+    else:
+        prune.add_argument(flag, type=next(k for k in kinds if k is not type(None)), metavar="VALUE", **options)
+
+
+def _shown(default) -> str:
+    return ", ".join(default) if isinstance(default, tuple) else "automatic" if default is None else str(default)
+
+
+def command_prune(args: argparse.Namespace) -> None:
+    """`prune`: settings to run folder, then its table."""
+    config = settings(args)
+    config.check()
+    from dpruner import pipeline, report   # torch and transformers are slow to import: bad settings are refused before
+    with _quiet_libraries(), _watching() as watch:
+        run = pipeline.run(config, runs=args.runs, cache=args.cache, watch=watch)
+    _warn_if_changed(args.config, run)
+    result = report.summary(run)
+    print(json.dumps(result, ensure_ascii=False)) if args.json else show(result, Console())
+
+
+def settings(args: argparse.Namespace) -> RunConfig:
+    """The config file's settings, then the options.
+
+    Raises:
+        InputError: the file is missing, no JSON, or has settings that are not known.
+    """
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(RunConfig) if getattr(args, f.name) is not None}
+    return RunConfig.from_dict({**(_config_file(args.config).get("config", {}) if args.config else {}), **given})
+
+
+def _config_file(path: str) -> dict:
+    """A run.json as it is, or a plain object of settings as {"config": settings}."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        why = "it is not JSON" if isinstance(error, ValueError) else error.strerror.lower()
+        raise InputError(f"The config file {path!r} cannot be read", why, "give a run.json of an earlier run, or an object of settings") from error
+    if not isinstance(data, dict) or not isinstance(data.get("config", {}), dict):
+        raise InputError(f"The config file {path!r} cannot be used", "it holds no object of settings", "give a run.json of an earlier run")
+    return data if "config" in data else {"config": data}
+
+
+def _warn_if_changed(path: str | None, run) -> None:
+    """Say so when a repeated run did not see the same model or text as the run it repeats."""
+    if not path:
+        return
+    earlier, now = _config_file(path), run.record
+    for what, then, here in [("model", earlier.get("model", {}).get("fingerprint"), now["model"]["fingerprint"]),
+                             *((f"calibration text of {label}", earlier.get("calibration", {}).get(label), f)
+                               for label, f in now["calibration"].items())]:
+        if then and then != here:
+            print(f"Not the same run: the {what} differs from that of {path}, so the masks may differ too.", file=sys.stderr)
+
+
+def show(result: dict, console: Console) -> None:
+    """The table of a finished run."""
+    def figure(e):
+        return f"{e['value']:.2f} [dim]{e['low']:.1f}–{e['high']:.1f}[/]" if e else "–"
+
+    table = Table(title=f"Run {result['id']}", caption="Perplexity on held-out text with its 95 % interval; lower is better.")
+    for name in ("domain", "method", "on its domain", "on the open domain"):
+        table.add_column(name, no_wrap=True)
+    for name in ("prunable weights removed", "whole model removed"):
+        table.add_column(name, justify="right")
+    for domain, texts in result["dense"].items():
+        _add_row(table, figure, {"domain": domain, "method": "dense", "perplexity": texts})
+        for row in result["rows"]:
+            if row["domain"] == domain:
+                _add_row(table, figure, row)
+        table.add_section()
+    if not result["dense"]:
+        for row in result["rows"]:
+            _add_row(table, figure, row)
+    console.print(table)
+    if result["similarity"]:
+        masks = Table(title="Similarity of the domains' masks", caption="Jaccard: weights both keep / weights either keeps. 1 is the same mask.")
+        for name in ("method", "domains"):
+            masks.add_column(name)
+        for name in ("Jaccard", "two random masks"):
+            masks.add_column(name, justify="right")
+        for s in result["similarity"]:
+            masks.add_row(s["method"], " · ".join(s["domains"]), f"{s['jaccard']:.4f}", f"{s['floor']:.4f}")
+        console.print(masks)
+    for domain, c in result["lambda"].items():
+        console.print(f"λ changed {c['changed']:,} of {c['of']:,} mask decisions for {domain} ({c['changed'] / c['of']:.2%}).")
+    console.print(f"Everything is in [bold]{result['folder']}[/].", soft_wrap=True)
+
+
+def _add_row(table: Table, figure, row: dict) -> None:
+    texts = list(row["perplexity"].values()) + [None, None]
+    shares = [f"{row[k]:.2%}" if k in row else "–" for k in ("sparsity of prunable weights", "sparsity of the whole model")]
+    table.add_row(row["domain"], row["method"], figure(texts[0]), figure(texts[1]), *shares)
+
+
+def command_runs(args: argparse.Namespace) -> None:
+    """`runs`: a line each, or the table of one."""
+    from dpruner import report, store
+    if args.run:
+        run = store.open_run(args.run, args.runs)
+        status = run.status
+        if status["state"] == "done":
+            result = report.summary(run)
+            return print(json.dumps(result, ensure_ascii=False)) if args.json else show(result, Console())
+        return print(json.dumps(status, ensure_ascii=False) if args.json else f"{run.id}: {_told(status)}")
+    listed = [{"id": run.id, "folder": str(run.folder), **run.status} for run in store.find_runs(args.runs)]
+    if args.json:
+        return print(json.dumps(listed, ensure_ascii=False))
+    for status in listed:
+        print(f"{status['id']}: {_told(status)}")
+    if not listed:
+        print(f"There are no runs in {args.runs!r} yet; start one with: python -m dpruner prune")
+
+
+def _told(status: dict) -> str:
+    """A status in words."""
+    if status["error"]:
+        return f"{status['state']}. {status['error']['what']}: {status['error']['why']}; {status['error']['what to do']}."
+    if status["state"] == "running":
+        return f"running, {status['progress']:.0%}, {status['stage']}"
+    return status["state"]
+
+
+def command_export(args: argparse.Namespace) -> None:
+    """`export`: a checkpoint from a run."""
+    from dpruner import store
+    from dpruner.export import export
+    with _quiet_libraries():
+        folder = export(store.open_run(args.run, args.runs), args.method, args.domain, args.to)
+    size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    print(json.dumps({"folder": str(folder), "bytes": size}) if args.json else
+          f"Wrote {folder} ({size / 1e6:.1f} MB): load it with AutoModelForCausalLM.from_pretrained({str(folder)!r}).")
+
+
+@contextlib.contextmanager
+def _watching():
+    """Bars on stderr that name stage, block and time left; yields what to call with a run's status."""
+    with Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TextColumn("{task.fields[note]}"),
+                  TimeElapsedColumn(), console=Console(stderr=True), transient=True) as bars:
+        whole = bars.add_task("loading model and text", total=None, note="")
+        part = bars.add_task("", total=1, visible=False, note="")
+
+        def watch(status):
+            left = f"{status.eta:.0f} s left" if status.eta is not None else ""
+            bars.update(whole, description="whole run", total=1, completed=status.share, note=left)
+            unit = UNITS.get(status.stage, "batch")
+            bars.update(part, description=f"{status.stage} · {status.about}", total=status.total, completed=status.done, visible=True,
+                        note=f"{unit} {min(status.done + 1, status.total)}/{status.total}")
+        yield watch
+
+
+@contextlib.contextmanager
+def _quiet_libraries():
+    """Our own bars are shown; those of the libraries below, and their advice, are not."""
+    from transformers.utils import logging
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        logging.enable_progress_bar()

@@ -1,0 +1,115 @@
+"""Masks whose kept weights move, so that every layer's output stays close (METHOD section 4, `compensate=`)."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from dpruner.errors import InputError
+from dpruner.general import saliency, sweep_group
+from dpruner.hessian import mix
+from dpruner.masks import as_rows, lowest, require_sparsity
+from dpruner.model import prunable_linears, transposed_names
+from dpruner.walk import Progress, quiet, walk
+
+HESSIANS = ("general", "domain", "mix")
+
+
+class Compensated(NamedTuple):
+    """A mask {name: BoolTensor, True = kept} and the weights that go with it {name: Tensor in the model's precision, 0 where removed}."""
+
+    masks: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor]
+
+
+def compensated_walk(model: nn.Module, calibrations: list[list[torch.Tensor]], choose, *, batch_size: int = 8, stage: str = "compensation",
+                     progress: Progress = quiet) -> Compensated:
+    """The walk of section 2 with any rule for what goes, keeping its mask and its updated weights.
+
+    Args:
+        calibrations: sets of batches; their Hessians are mixed where there is more than one.
+        choose: `choose(name, W1, d, columns)` gives a BoolTensor (out, b), True = remove; in the (out, in) sense.
+    """
+    names = transposed_names(model)
+    linears = prunable_linears(model)
+    masks = {n: torch.ones_like(m.weight, dtype=torch.bool) for n, m in linears.items()}
+    weights = {n: m.weight.detach().clone() for n, m in linears.items()}
+
+    def visit(rows, hessians):
+        new, removed = sweep_group(rows, hessians[0] if len(hessians) == 1 else mix(hessians), choose)
+        for name in rows:
+            masks[name].copy_(as_rows(~removed[name], name in names))
+            weights[name].copy_(as_rows(new[name], name in names))
+        return new
+
+    walk(model, calibrations, visit, batch_size=batch_size, stage=stage, progress=progress)
+    return Compensated(masks, weights)
+
+
+def compensation_sets(general: list[torch.Tensor], domain: list[torch.Tensor], hessian: str = "mix") -> list[list[torch.Tensor]]:
+    """The calibration sets whose Hessian decides: open domain, domain, or both.
+
+    Raises:
+        InputError: `hessian` is none of "general", "domain", "mix".
+    """
+    if hessian not in HESSIANS:
+        raise InputError(f"The Hessian {hessian!r} is not known", "compensation follows one of three calibrations", f"choose one of {', '.join(HESSIANS)}")
+    return {"general": [general], "domain": [domain], "mix": [general, domain]}[hessian]
+
+
+def compensate_after(model: nn.Module, calibrations: list[list[torch.Tensor]], masks: Mapping[str, torch.Tensor], *, batch_size: int = 8,
+                     progress: Progress = quiet) -> Compensated:
+    """`compensate="after"`: the mask is given; the walk only moves the kept weights.
+
+    Args:
+        masks: {name: BoolTensor as stored, True = kept}, of any formula and granularity.
+    """
+    names = transposed_names(model)
+
+    def choose(name, W1, d, columns):
+        return ~as_rows(masks[name].to(W1.device), name in names)[:, columns]
+
+    return compensated_walk(model, calibrations, choose, batch_size=batch_size, progress=progress)
+
+
+def dual_saliency(W: torch.Tensor, diagonal: torch.Tensor, fisher: torch.Tensor, lam: float) -> torch.Tensor:
+    """`[w²/d²]/mean + λ·[f·w²]/mean`, means over the block: what the layer's output loses, plus what the loss itself says of the weight.
+
+    Args:
+        W, fisher: (out, b).
+        diagonal: (b,).
+    """
+    output, loss = saliency(W, diagonal), fisher * W.square()
+    return relative(output) + lam * relative(loss)
+
+
+def relative(scores: torch.Tensor) -> torch.Tensor:
+    """Scores divided by their mean; zeros stay zeros where all are."""
+    mean = scores.mean()
+    return scores / torch.where(mean > 0, mean, torch.ones_like(mean))
+
+
+def compensate_walk(model: nn.Module, calibrations: list[list[torch.Tensor]], fisher: Mapping[str, torch.Tensor], sparsity: float,
+                    lam: float = 1.0, *, batch_size: int = 8, progress: Progress = quiet) -> Compensated:
+    """`compensate="walk"`: the dual score is taken inside the walk, from the weights as compensation has left them (METHOD section 4).
+
+    Args:
+        fisher: {name: Tensor as stored}, the diagonal Fisher; see `domain.fisher_diagonal` and `mixed_fisher`.
+        sparsity: exactly `round(sparsity · out · b)` weights go in every block of 128 columns.
+        lam: weight of the loss's side against the layer output's.
+    """
+    require_sparsity(sparsity)
+    names = transposed_names(model)
+
+    def choose(name, W1, d, columns):
+        f = as_rows(fisher[name].to(W1.device), name in names)[:, columns]
+        scores = dual_saliency(W1, d, f, lam)
+        return lowest(scores.reshape(1, -1), round(sparsity * scores.numel())).view(scores.shape)
+
+    return compensated_walk(model, calibrations, choose, batch_size=batch_size, progress=progress)
+
+
+def mixed_fisher(fishers: list[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Sum of diagonal Fishers, each matrix divided by its mean (`fisher="both"`)."""
+    return {n: sum(relative(f[n]) for f in fishers) for n in fishers[0]}

@@ -1,0 +1,347 @@
+"""Domain importance: one forward and one backward pass per batch, each gradient consumed as it appears (METHOD sections 3 and 4)."""
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dpruner.errors import InputError
+from dpruner.masks import Scores
+from dpruner.model import prunable_linears, require_length, transposed_names
+from dpruner.walk import Progress, quiet, stack
+
+ALPHA = 0.03              # learning rate of the published recipe, α of the penalty
+RELEASE_SCALE = 2.0**16   # fp16 loss scale that the authors' code leaves on its gradients
+RELEASE_COUNT = 1000      # constant by which it divides g²
+HALF_SCALE = 2.0**10      # keeps small gradients of a float16 model from vanishing; divided out again
+DEFAULT_LAM = {"balanced": 1.0, "taylor": 1.0, "release": 0.1}
+
+
+class Balanced:
+    """`F = mean_j u_j²`, u = g·w: the expected increase of the domain loss for removing the weight; G joins in `balanced`."""
+
+    def __init__(self, w: torch.Tensor, G: torch.Tensor, lam: float, alpha: float):
+        self.w, self.squares = w, torch.zeros_like(w, dtype=torch.float32)
+
+    def add(self, g: torch.Tensor) -> None:
+        self.squares.addcmul_(g, g)
+
+    def domain(self, count: int) -> torch.Tensor:
+        return self.squares.div_(count).mul_(self.w.float().square())
+
+
+class Taylor:
+    """`mean_j |u_j − ½ u_j²|`, u = g'·w, `g' = g + 2 λ α² G g h`, h the running mean of g² (the paper's equations)."""
+
+    def __init__(self, w: torch.Tensor, G: torch.Tensor, lam: float, alpha: float):
+        self.w, self.penalty, self.batches = w, 2 * lam * alpha**2 * G, 0
+        self.squares, self.of_both, self.of_domain = (torch.zeros_like(w, dtype=torch.float32) for _ in range(3))
+
+    def add(self, g: torch.Tensor) -> None:
+        self.batches += 1
+        self.squares.addcmul_(g, g)
+        w = self.w.float()
+        h = self.squares / self.batches
+        for total, gradient in ((self.of_domain, g), (self.of_both, g + self.penalty * g * h)):
+            u = gradient * w
+            total.add_((u - u.square() / 2).abs_())
+
+    def domain(self, count: int) -> torch.Tensor:
+        return self.of_domain.div_(count)
+
+    def dual(self, count: int) -> torch.Tensor:
+        return self.of_both.div_(count)
+
+
+class Release:
+    """`Σ_j |u_j + u_j²/2000 + w³|`, `g' = g + λ·2α²·G·g²/1000`, g multiplied by 2¹⁶: what the authors' published code adds up.
+
+    It does so from the second step on; here every batch counts.
+    """
+
+    def __init__(self, w: torch.Tensor, G: torch.Tensor, lam: float, alpha: float):
+        self.w, self.penalty = w, lam * 2 * alpha**2 * G / RELEASE_COUNT
+        self.of_both, self.of_domain = (torch.zeros_like(w, dtype=torch.float32) for _ in range(2))
+
+    def add(self, g: torch.Tensor) -> None:
+        g = g * RELEASE_SCALE
+        w = self.w.float()
+        cube = w**3
+        for total, gradient in ((self.of_domain, g), (self.of_both, g + self.penalty * g.square())):
+            u = gradient * w
+            total.add_((u + u.square() / (2 * RELEASE_COUNT) + cube).abs_())
+
+    def domain(self, count: int) -> torch.Tensor:
+        return self.of_domain
+
+    def dual(self, count: int) -> torch.Tensor:
+        return self.of_both
+
+
+FORMULAS = {"balanced": Balanced, "taylor": Taylor, "release": Release}
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """Full fine-tuning while scoring, as the paper does: fused SGD ("LOMO"), with no optimiser state."""
+
+    lr: float = 0.03          # at the top of the schedule; also the α of the penalty
+    warmup: float = 0.1       # share of the steps over which it rises from 0, before it falls to 0 linearly
+    clip: float = 1.0         # largest norm of the whole gradient
+    epochs: int = 5
+    batch_size: int = 8       # sequences a step
+    seqlen: int = 1024        # longer sequences are cut
+
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        rise = max(1, round(self.warmup * steps))
+        return self.lr * min((step + 1) / rise, (steps - step) / max(1, steps - rise))
+
+
+@dataclass(frozen=True)
+class DomainImportance:
+    """What one domain pass gives, each {name: float32 Tensor as stored}.
+
+    `dual` regards both sides, `domain` is the same formula without its G term, `general` is G. `losses` holds the mean next-token loss of
+    every batch, in nats.
+    """
+
+    dual: Scores
+    domain: Scores
+    general: Scores
+    losses: list[float] = field(default_factory=list)
+
+
+def next_token_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of the next token in nats, a scalar, for ids (b, seqlen)."""
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+@contextlib.contextmanager
+def consumed_gradients(parameters: Mapping[str, nn.Parameter], consume: Callable[[str, torch.Tensor], None]):
+    """While open, backward hands each gradient of these parameters over the moment it is complete, and frees it.
+
+    Gradients of all other parameters of the same tensors are not computed. `requires_grad` is as before on exit.
+    """
+    def hook(name):
+        def take(p):
+            g, p.grad = p.grad, None
+            consume(name, g)
+        return take
+
+    before = {n: p.requires_grad for n, p in parameters.items()}
+    handles = []
+    try:
+        for name, p in parameters.items():
+            p.requires_grad_(True)
+            handles.append(p.register_post_accumulate_grad_hook(hook(name)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, p in parameters.items():
+            p.requires_grad_(before[name])
+            p.grad = None
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module):
+    """No parameter asks for a gradient; as before on exit."""
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    try:
+        for p, _, _ in before:
+            p.requires_grad_(False)
+            p.grad = None
+        yield
+    finally:
+        for p, wanted, grad in before:
+            p.requires_grad_(wanted)
+            p.grad = grad
+
+
+@contextlib.contextmanager
+def _restored(model: nn.Module):
+    """Every parameter comes back bit for bit; the copies wait on the host."""
+    originals = [(p, p.detach().cpu().clone()) for p in model.parameters()]
+    try:
+        yield
+    finally:
+        for p, original in originals:
+            p.data.copy_(original)
+
+
+def _backward(model, ids, number) -> float:
+    """One forward and one backward pass; returns the loss.
+
+    Raises:
+        InputError: the loss is NaN or infinite.
+    """
+    loss = next_token_loss(model, ids)
+    value = loss.item()
+    if not torch.isfinite(loss):
+        raise InputError(f"The loss of calibration batch {number} is {value}", "the model overflows on this text in its precision",
+                         "use bfloat16 or float32, or other calibration text")
+    (loss * _loss_scale(model)).backward()
+    return value
+
+
+def _loss_scale(model) -> float:
+    return HALF_SCALE if model.dtype == torch.float16 else 1.0
+
+
+def stream_gradients(model: nn.Module, batches: list[torch.Tensor], consume: Callable[[str, torch.Tensor], None], *, stage: str,
+                     progress: Progress = quiet) -> list[float]:
+    """Hand over the gradient of every prunable weight on every batch, never keeping more than about one of them.
+
+    Args:
+        batches: LongTensors (b, seqlen); each gives one gradient of its mean next-token loss.
+        consume: `consume(name, g)` with g float32, as stored.
+
+    Returns:
+        The batches' losses, in nats.
+
+    Raises:
+        InputError: no batches, too long ones, or a loss that is not finite.
+    """
+    if not batches:
+        raise InputError("There is nothing to calibrate on", "the list of batches is empty", "load at least one sequence")
+    require_length(model, max(b.shape[1] for b in batches))
+    scale = _loss_scale(model)
+    losses = []
+
+    def take(name, g):
+        consume(name, g.float() / scale if scale != 1 else g.float())
+
+    with _frozen(model), consumed_gradients({n: m.weight for n, m in prunable_linears(model).items()}, take):
+        for number, ids in enumerate(batches, 1):
+            progress(stage, number - 1, len(batches))
+            losses.append(_backward(model, ids.to(model.device), number))
+    progress(stage, len(batches), len(batches))
+    return losses
+
+
+def _tune_and_stream(model, batches, consume, tune: FineTune, *, stage, progress) -> list[float]:
+    """As `stream_gradients`, with a step of SGD after each batch. The first backward pass measures the norm and is scored, the second updates."""
+    batches = stack([b[:, :tune.seqlen] for b in batches], tune.batch_size) * tune.epochs
+    trainable = dict(model.named_parameters())
+    prunable = prunable_linears(model)
+    scale = _loss_scale(model)
+    losses = []
+    with _restored(model):
+        for step, ids in enumerate(batches):
+            progress(stage, step, len(batches))
+            squares = []
+
+            def measure(name, g):
+                g = g.float() / scale
+                squares.append(g.square().sum())
+                if name in prunable:
+                    consume(name, g)
+
+            ids = ids.to(model.device)
+            with consumed_gradients(trainable, measure):
+                losses.append(_backward(model, ids, step + 1))
+            norm = torch.stack(squares).sum().sqrt().item()
+            shrink = tune.rate(step, len(batches)) * min(1.0, tune.clip / (norm + 1e-6)) / scale
+            with consumed_gradients(trainable, lambda name, g: trainable[name].data.add_(g, alpha=-shrink)):
+                _backward(model, ids, step + 1)
+        progress(stage, len(batches), len(batches))
+    return losses
+
+
+def balanced(domain: Mapping[str, torch.Tensor], G: Mapping[str, torch.Tensor], lam: float, means: str = "matrix") -> Scores:
+    """`S = F/mean(F) + λ·G/mean(G)`: scale-free, so that λ means something (METHOD section 4).
+
+    Args:
+        domain: F, {name: Tensor}.
+        G: general importance, same keys and shapes.
+        means: "matrix" (of each matrix) or "model" (of all weights, for a whole-model threshold).
+    """
+    def mean_of(scores):
+        if means == "matrix":
+            return {n: s.double().mean() for n, s in scores.items()}
+        overall = sum(s.double().sum() for s in scores.values()) / sum(s.numel() for s in scores.values())
+        return dict.fromkeys(scores, overall)
+
+    def inverse(mean):
+        return float(1 / mean) if mean > 0 else 0.0
+
+    of_domain, of_general = mean_of(domain), mean_of(G)
+    dual = {n: domain[n] * inverse(of_domain[n]) + lam * inverse(of_general[n]) * G[n].to(domain[n]) for n in domain}
+    return Scores(dual, getattr(domain, "transposed", ()))
+
+
+def domain_importance(model: nn.Module, batches: list[torch.Tensor], G: Mapping[str, torch.Tensor], formula: str = "balanced",
+                      lam: float | None = None, *, means: str = "matrix", alpha: float = ALPHA, finetune: FineTune | None = None,
+                      progress: Progress = quiet) -> DomainImportance:
+    """Score every prunable weight for a domain, alone and together with general importance (METHOD sections 3 and 4).
+
+    Args:
+        model: a decoder; its weights are untouched afterwards.
+        batches: domain calibration, LongTensors (b, seqlen). Each is one gradient g_j, so how sequences are batched matters; the pipeline gives
+            one sequence a batch.
+        G: general importance, as `general_importance` returns it.
+        formula: "balanced", "taylor" or "release".
+        lam: weight λ of the general side; default 1, and 0.1 for "release" as published.
+        means: "matrix" or "model", for "balanced"; see there.
+        alpha: rate α of the gradient step that the penalty looks at; with fine-tuning its learning rate.
+        finetune: fine-tune while scoring, as the paper does. "taylor" and "release" then use each step's weights, "balanced" the original ones,
+            which are the ones that the mask removes.
+        progress: called with ("domain importance", batches done, batches).
+
+    Returns:
+        DomainImportance; `.dual` and `.domain` come from the same pass.
+
+    Raises:
+        InputError: unknown formula, negative λ, G of another model, no batches, or a loss or score that is not finite.
+    """
+    if formula not in FORMULAS:
+        raise InputError(f"The formula {formula!r} is not known", "a score is computed by one of three", f"choose one of {', '.join(FORMULAS)}")
+    lam = DEFAULT_LAM[formula] if lam is None else lam
+    if not 0 <= lam < float("inf"):
+        raise InputError(f"λ = {lam} cannot be used", "it weighs the general side and is 0 or more", "give a number such as 1")
+    linears = prunable_linears(model)
+    if set(G) != set(linears) or any(G[n].shape != m.weight.shape for n, m in linears.items()):
+        raise InputError("The general importance does not fit the model", "its names or shapes are those of other weights",
+                         "compute it with general_importance on this very model")
+    alpha = finetune.lr if finetune else alpha
+    accumulators = {n: FORMULAS[formula](m.weight.data, G[n].to(m.weight.device), lam, alpha) for n, m in linears.items()}
+
+    def consume(name, g):
+        accumulators[name].add(g)
+
+    stage = "domain importance"
+    if finetune:
+        losses = _tune_and_stream(model, batches, consume, finetune, stage=stage, progress=progress)
+    else:
+        losses = stream_gradients(model, batches, consume, stage=stage, progress=progress)
+    names = transposed_names(model)
+    domain = Scores({n: a.domain(len(losses)) for n, a in accumulators.items()}, names)
+    if formula == "balanced":
+        domain, dual = balanced(domain, G, 0.0, means), balanced(domain, G, lam, means)
+    else:
+        dual = Scores({n: a.dual(len(losses)) for n, a in accumulators.items()}, names)
+    for name, scores in dual.items():
+        if not torch.isfinite(scores).all():
+            raise InputError(f"The scores of {name} are not finite", "its gradients overflowed", "use bfloat16 or float32, or fewer batches")
+    return DomainImportance(dual, domain, Scores(G, names), losses)
+
+
+def fisher_diagonal(model: nn.Module, batches: list[torch.Tensor], *, stage: str = "fisher", progress: Progress = quiet) -> Scores:
+    """Diagonal of the empirical Fisher, `mean_j g_j²`, of every prunable weight.
+
+    Args:
+        batches: LongTensors (b, seqlen), one gradient each.
+
+    Returns:
+        Scores, float32, shaped as stored.
+    """
+    squares = Scores({n: torch.zeros_like(m.weight, dtype=torch.float32) for n, m in prunable_linears(model).items()}, transposed_names(model))
+    losses = stream_gradients(model, batches, lambda name, g: squares[name].addcmul_(g, g), stage=stage, progress=progress)
+    for s in squares.values():
+        s.div_(len(losses))
+    return squares

@@ -1,0 +1,107 @@
+"""Quality of a model on text: perplexity, with its interval (METHOD section 7)."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dpruner.errors import InputError
+from dpruner.model import max_length
+from dpruner.walk import Progress, quiet
+
+RESAMPLES = 2000
+
+
+class Estimate(float):
+    """A figure with its 95 % interval and sample size; a plain float everywhere else.
+
+    Attributes:
+        low, high: bounds of the bootstrap interval.
+        n: how many independent pieces (windows of text, questions) it rests on.
+        tokens: how many tokens were predicted, where that applies.
+    """
+
+    def __new__(cls, value: float, low: float, high: float, n: int, tokens: int = 0):
+        self = super().__new__(cls, value)
+        self.low, self.high, self.n, self.tokens = low, high, n, tokens
+        return self
+
+    def __repr__(self):
+        return f"{float(self):.4g} [{self.low:.4g}, {self.high:.4g}] (n = {self.n})"
+
+    def __reduce__(self):
+        return Estimate, (float(self), self.low, self.high, self.n, self.tokens)
+
+
+def bootstrap_ratio(sums: np.ndarray, counts: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile interval of Σ sums / Σ counts over pieces drawn with replacement.
+
+    Args:
+        sums, counts: (pieces,).
+    """
+    picks = np.random.default_rng(seed).integers(0, len(sums), (RESAMPLES, len(sums)))
+    low, high = np.quantile(sums[picks].sum(1) / counts[picks].sum(1), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def windows(length: int, seqlen: int, stride: int) -> list[tuple[int, int, int]]:
+    """(start, stop, first new token) of each window over a text of `length` tokens; every token but the first is new exactly once."""
+    spans, done = [], 1
+    start = 0
+    while done < length:
+        stop = min(start + seqlen, length)
+        spans.append((start, stop, done))
+        done, start = stop, start + stride
+    return spans
+
+
+@torch.inference_mode()
+def perplexity(model: nn.Module, tokenizer, texts: list[str], seqlen: int | None = None, stride: int | None = None, *, batch_size: int = 8,
+               seed: int = 0, stage: str = "perplexity", progress: Progress = quiet) -> Estimate:
+    """Perplexity over texts, each its own context: windows of `seqlen` tokens every `stride`, of which only the new tokens count.
+
+    Args:
+        texts: documents; one of fewer than two tokens says nothing and is passed over.
+        seqlen: tokens a window; default 2,048 or the model's maximum.
+        stride: default a quarter of the window, at most 512.
+        batch_size: windows a forward pass; changes the result by rounding only.
+        seed: of the bootstrap, which resamples windows.
+
+    Returns:
+        Estimate of exp(mean negative log-likelihood in nats); `n` counts windows.
+
+    Raises:
+        InputError: no text to predict, a window longer than the model allows, or a stride outside 1..seqlen.
+    """
+    limit = max_length(model) or 2048
+    seqlen = min(2048, limit) if seqlen is None else seqlen
+    stride = max(1, min(512, seqlen // 4)) if stride is None else stride
+    if not 2 <= seqlen <= limit or not 1 <= stride <= seqlen:
+        raise InputError(f"Windows of {seqlen} tokens every {stride} cannot be evaluated", f"the model takes 2 to {limit} tokens and the stride fits into a window",
+                         f"choose seqlen from 2 to {limit} and stride from 1 to seqlen")
+    pieces = []
+    for text in texts:
+        ids = torch.tensor(tokenizer(text, verbose=False).input_ids)
+        pieces += [(ids[start:stop], new - start) for start, stop, new in windows(len(ids), seqlen, stride)]
+    if not pieces:
+        raise InputError("The perplexity cannot be computed", "the texts hold no two tokens in a row", "give at least one sentence of text")
+    order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i][0]))   # like lengths together, so that little is padded
+    sums, counts = np.zeros(len(pieces)), np.zeros(len(pieces))
+    for at in range(0, len(order), batch_size):
+        progress(stage, at, len(order))
+        chosen = order[at:at + batch_size]
+        for i, losses in zip(chosen, _losses(model, [pieces[i][0] for i in chosen]), strict=True):
+            new = losses[pieces[i][1] - 1:]
+            sums[i], counts[i] = new.sum(), len(new)
+    progress(stage, len(order), len(order))
+    low, high = bootstrap_ratio(sums, counts, seed)
+    return Estimate(*np.exp([sums.sum() / counts.sum(), low, high]).tolist(), n=len(pieces), tokens=int(counts.sum()))
+
+
+def _losses(model, sequences: list[torch.Tensor]) -> list[np.ndarray]:
+    """Negative log-likelihood in nats of every token but the first of each sequence; padded on the right, which a causal model cannot see."""
+    lengths = [len(s) for s in sequences]
+    ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(model.device)
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    losses = F.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
+    return [row[:length - 1].double().cpu().numpy() for row, length in zip(losses, lengths, strict=True)]

@@ -1,0 +1,112 @@
+"""A pruned checkpoint that every loader takes, its mask file and its model card."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from dpruner.config import RunConfig, split_domain
+from dpruner.errors import InputError
+from dpruner.masks import pruned
+from dpruner.model import count_weights, fingerprint, load_model
+from dpruner.store import Run, open_run, write_masks
+
+MASK_FILE = "dpruner_mask.safetensors"
+
+
+def export(run: Run | str | Path, method: str, domain: str, to: str | Path) -> Path:
+    """Write a pruned model as a folder for `AutoModelForCausalLM.from_pretrained`: dense safetensors with zeros, tokenizer, mask, model card.
+
+    The sparsity is counted again from the written files before the folder appears under its name.
+
+    Args:
+        run: a run, its folder or its id.
+        method, domain: whose mask (the domain by its label).
+        to: folder to make; it must not hold anything yet.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: no such run or mask, the folder is not empty, the model has changed since the run, or the written file does not hold the mask.
+    """
+    run = run if isinstance(run, Run) else open_run(run)
+    to = Path(to)
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise InputError(f"The folder {str(to)!r} cannot be written", "it exists and is not empty", "give the name of a new folder")
+    if (method, domain) not in run.pairs():
+        raise InputError(f"The run {run.id} holds no mask of {method} for {domain}", f"it holds {', '.join(f'{m}@{d}' for m, d in run.pairs()) or 'none'}",
+                         "choose one of these")
+    record = run.record
+    config = RunConfig.from_dict(record["config"])
+    model, tokenizer = load_model(config.model, revision=record["model"]["commit"] or config.revision, device="cpu", dtype=record["device"]["precision"])
+    if fingerprint(model) != record["model"]["fingerprint"]:
+        raise InputError(f"The model {config.model!r} is not the one that was pruned", "its weights have changed since the run",
+                         "restore the model, or run again")
+    masks, weights = run.masks(method, domain), run.weights(method, domain)
+    stored = stored_precision(config, model)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{to.name}.", dir=to.parent) as scratch:
+        folder = Path(scratch) / "model"
+        with pruned(model, masks, weights):
+            model.to(stored).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_masks(folder / MASK_FILE, masks)
+        zeros = verify(folder, masks)
+        prunable, total = count_weights(model)
+        (folder / "README.md").write_text(model_card(run, config, method, domain, zeros, prunable, total), encoding="utf-8")
+        if to.is_dir():
+            to.rmdir()
+        shutil.move(folder, to)
+    return to
+
+
+def stored_precision(config: RunConfig, model) -> torch.dtype:
+    """The precision of the original checkpoint, so that an export is no larger than what it came from."""
+    return getattr(model.config, "dtype", None) or model.dtype
+
+
+def verify(folder: Path, masks) -> int:
+    """Count the zeros of the masked weights in the written files.
+
+    Returns:
+        How many weights the masks remove, each found to be zero.
+
+    Raises:
+        InputError: a weight that the mask removes is not zero in the file, or is missing.
+    """
+    left = dict(masks)
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name == MASK_FILE:
+            continue
+        with safe_open(path, framework="pt") as file:
+            for name in set(file.keys()) & set(left):
+                if file.get_tensor(name)[~left.pop(name)].count_nonzero():
+                    raise InputError("The export is not as sparse as its mask", f"{name} has weights that should be zero", "report it with its settings")
+    if left:
+        raise InputError("The export is incomplete", f"{next(iter(left))} is not in the written files", "report it with its settings")
+    return sum(int((~m).sum()) for m in masks.values())
+
+
+def model_card(run: Run, config: RunConfig, method: str, domain: str, zeros: int, prunable: int, total: int) -> str:
+    """README.md of an export: what was done, measured how, and what the zeros do not buy."""
+    metrics = run.metrics()
+    quality = metrics[(metrics.metric == "perplexity") & metrics.method.isin(["dense", method]) & (metrics.domain == domain)]
+    lines = [f"| {r.method} | {r.text} | {r.value:.2f} | {r.low:.2f} to {r.high:.2f} | {r.n} |" for r in quality.itertuples()]
+    sources = dict(split_domain(d) for d in config.domains)
+    table = ["| model | held-out text | perplexity | 95 % interval | windows |", "|---|---|---|---|---|", *lines] if lines else ["Not evaluated."]
+    return "\n".join([
+        "---", f"base_model: {config.model}", "tags: [pruning, sparse, d-pruner]", "---", "",
+        f"# {Path(config.model).name}, pruned for {domain} with {method}", "",
+        f"{zeros:,} of {prunable:,} prunable weights are zero ({zeros / prunable:.2%}; {zeros / total:.2%} of the whole model), counted in these files.",
+        f"Calibrated on {config.nsamples} sequences of {config.seqlen} tokens from {Path(sources.get(domain, domain)).name} "
+        f"and as many of the open domain ({Path(config.general).name}), seed {config.seed}.", "",
+        "## Quality", "", *table, "",
+        "## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        'model = AutoModelForCausalLM.from_pretrained("this folder")', 'tokenizer = AutoTokenizer.from_pretrained("this folder")', "```", "",
+        f"`{MASK_FILE}` holds the mask as bits (numpy.packbits along the last axis, little-endian; shapes in its metadata).",
+        "The checkpoint is dense: zeros are stored like any number, so it is as large and as fast as the original unless a sparse format or kernel is used.",
+        "", "## Settings", "", "```json", json.dumps(config.to_dict(), indent=1), "```", ""])

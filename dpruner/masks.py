@@ -1,0 +1,264 @@
+"""From scores to masks: exact counts at every granularity; applying, packing and ranking them."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+
+import numpy as np
+import torch
+from torch import nn
+
+from dpruner.errors import InputError
+
+GRANULARITIES = ("matrix", "block", "row", "global")   # and "n:m"
+GROUP_COLUMNS = 128
+BINS = 256
+
+
+class Scores(dict):
+    """{full parameter name: float32 Tensor shaped as the model stores the weight}, knowing which weights are stored as (in, out).
+
+    Args:
+        transposed: names of the weights stored as (in, out); rows and columns of a mask are meant in the (out, in) sense.
+    """
+
+    def __init__(self, items=(), transposed: Collection[str] = ()):
+        super().__init__(items)
+        self.transposed = frozenset(transposed)
+
+
+def as_rows(tensor: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """A view (out, in) of a tensor shaped as stored; its own inverse. The one boundary where Conv1D differs."""
+    return tensor.t() if transposed else tensor
+
+
+def require_sparsity(sparsity: float) -> None:
+    """Refuse a sparsity outside 0..1 (a fraction removed, not a percentage).
+
+    Raises:
+        InputError: it is not a number from 0 to 1.
+    """
+    if not 0 <= sparsity <= 1:
+        raise InputError(f"The sparsity {sparsity} cannot be used", "it is the fraction of weights removed, from 0 to 1",
+                         "give 0.5 to remove half of them")
+
+
+def lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count` lowest of each row, ties by lower index first.
+
+    Args:
+        scores: (groups, size).
+
+    Returns:
+        BoolTensor (groups, size) with exactly `count` True in every row.
+    """
+    if count == 0 or scores.numel() == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    threshold = scores.kthvalue(count, dim=1, keepdim=True).values
+    below = scores < threshold
+    ties = scores == threshold
+    return below | (ties & (ties.cumsum(1) <= count - below.sum(1, keepdim=True)))
+
+
+def parse_granularity(granularity: str) -> tuple[int, int] | None:
+    """(n, m) of "n:m", None for the named ones."""
+    if granularity in GRANULARITIES:
+        return None
+    n, _, m = granularity.partition(":")
+    if n.isdigit() and m.isdigit() and 0 < int(n) < int(m):
+        return int(n), int(m)
+    raise InputError(f"The granularity {granularity!r} is not known", "it says over which weights a threshold is taken",
+                     f"choose one of {', '.join(GRANULARITIES)}, or n:m such as 2:4")
+
+
+def _column_groups(columns: int, hidden: int) -> list[int]:
+    """Widths of the column groups of "iterative blocking": 128 each, or as many near-equal ones as the hidden size has."""
+    if columns % GROUP_COLUMNS == 0:
+        return [GROUP_COLUMNS] * (columns // GROUP_COLUMNS)
+    groups = max(1, -(-hidden // GROUP_COLUMNS))
+    return [len(part) for part in np.array_split(np.arange(columns), groups)]
+
+
+def _removed(scores: torch.Tensor, sparsity: float, granularity: str, hidden: int) -> torch.Tensor:
+    """BoolTensor (out, in), True = removed, for scores (out, in) at any granularity but "global"."""
+    out, columns = scores.shape
+    if granularity == "matrix":
+        return lowest(scores.reshape(1, -1), round(sparsity * scores.numel())).view(out, columns)
+    if granularity == "row":
+        return lowest(scores, round(sparsity * columns))
+    if granularity == "block":
+        parts = scores.split(_column_groups(columns, hidden), dim=1)
+        return torch.cat([_removed(part, sparsity, "matrix", hidden) for part in parts], dim=1)
+    _, m = parse_granularity(granularity)
+    whole = columns // m * m
+    groups = lowest(scores[:, :whole].reshape(-1, m), round(sparsity * m)).view(out, whole)
+    return torch.cat([groups, lowest(scores[:, whole:], round(sparsity * (columns - whole)))], dim=1)
+
+
+def _ordered(scores: torch.Tensor) -> torch.Tensor:
+    """int64 keys in 0..2³²-1 in the order of the float32 scores (flat): the bits of a float are sorted once negatives are flipped."""
+    bits = (scores.reshape(-1).float() + 0.0).view(torch.int32)   # + 0.0 makes -0.0 and 0.0 one value
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64) + 2**31
+
+
+def kth_lowest(tensors: Collection[torch.Tensor], k: int) -> tuple[int, int]:
+    """The k-th lowest (from 1) of all values of several tensors, without joining them: two rounds of counting, 16 bits each.
+
+    Returns:
+        (its key as `_ordered` gives it, how many values are strictly below it).
+    """
+    below, prefix = 0, 0
+    for shift in (16, 0):
+        counts = np.zeros(2**16, dtype=np.int64)
+        for tensor in tensors:
+            keys = _ordered(tensor)
+            if shift == 0:
+                keys = keys[keys >> 16 == prefix]
+            counts += torch.bincount((keys >> shift) & 0xFFFF, minlength=2**16).cpu().numpy()
+        digit = int(np.searchsorted(counts.cumsum(), k - below))
+        below += int(counts[:digit].sum())
+        prefix = prefix << 16 | digit
+    return prefix, below
+
+
+def _global_removed(rows: dict[str, torch.Tensor], sparsity: float) -> dict[str, torch.Tensor]:
+    """One threshold for all matrices (each (out, in)); ties go to the earlier matrix, then to the lower index."""
+    count = round(sparsity * sum(r.numel() for r in rows.values()))
+    if count == 0:
+        return {n: torch.zeros_like(r, dtype=torch.bool) for n, r in rows.items()}
+    threshold, below = kth_lowest(rows.values(), count)
+    quota, removed = count - below, {}
+    for name, r in rows.items():
+        keys = _ordered(r)
+        ties = keys == threshold
+        gone = (keys < threshold) | (ties & (ties.cumsum(0) <= quota))
+        quota -= min(quota, int(ties.sum()))
+        removed[name] = gone.view(r.shape)
+    return removed
+
+
+def make_masks(scores: Mapping[str, torch.Tensor], sparsity: float | None = None, granularity: str = "matrix",
+               transposed: Collection[str] | None = None) -> dict[str, torch.Tensor]:
+    """Keep the highest scores: exactly `round(sparsity · group size)` weights go in every group, ties by lower index first (METHOD section 5).
+
+    Args:
+        scores: {name: Tensor as the model stores the weight}; higher is kept.
+        sparsity: fraction removed, 0..1. For "n:m" it may be left out and is 1 − n/m.
+        granularity: "matrix" (one threshold a matrix), "block" (one for every 128 input columns; where 128 does not divide, as many near-equal
+            groups as the hidden size has, the most frequent input width counting as such), "row" (per output), "global" (one for the whole
+            model), or "n:m" (n kept of every m along the input; what is left over at the end of a row is its own group).
+        transposed: names stored as (in, out); known by itself when `scores` comes from this package.
+
+    Returns:
+        {name: BoolTensor shaped as stored, True = kept}.
+
+    Raises:
+        InputError: sparsity outside 0..1 or at odds with n:m, unknown granularity, NaN in a score.
+    """
+    pattern = parse_granularity(granularity)
+    if pattern:
+        implied = 1 - pattern[0] / pattern[1]
+        if sparsity is not None and abs(sparsity - implied) > 1e-9:
+            raise InputError(f"The sparsity {sparsity} and the granularity {granularity} contradict each other",
+                             f"{granularity} removes {implied:.4g} of the weights", "leave the sparsity out or choose another granularity")
+        sparsity = implied
+    if sparsity is None:
+        raise InputError("No sparsity was given", f"the granularity {granularity!r} does not imply one", "give the fraction to remove, such as 0.5")
+    require_sparsity(sparsity)
+    for name, score in scores.items():
+        if torch.isnan(score).any():
+            raise InputError(f"The scores of {name} cannot be ranked", "they hold NaN", "check the model's weights and the calibration loss")
+    transposed = getattr(scores, "transposed", ()) if transposed is None else transposed
+    rows = {n: as_rows(s, n in transposed) for n, s in scores.items()}
+    if granularity == "global":
+        removed = _global_removed(rows, sparsity)
+    else:
+        hidden = Counter(r.shape[1] for r in rows.values()).most_common(1)[0][0] if rows else 0
+        removed = {n: _removed(r, sparsity, granularity, hidden) for n, r in rows.items()}
+    return {n: as_rows(~r, n in transposed).contiguous() for n, r in removed.items()}
+
+
+def sparsity_of(masks: Mapping[str, torch.Tensor]) -> float:
+    """Fraction of the masked weights that is removed."""
+    return 1 - sum(int(m.sum()) for m in masks.values()) / max(1, sum(m.numel() for m in masks.values()))
+
+
+@contextlib.contextmanager
+def pruned(model: nn.Module, masks: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor] | None = None) -> Iterator[nn.Module]:
+    """The model with masks applied; its weights come back bit for bit on exit, also when the body raises.
+
+    Without `weights` only the removed values are put aside; a removed weight is exactly 0.
+
+    Args:
+        masks: {full parameter name: BoolTensor, True = kept}; not every weight needs one.
+        weights: compensated weights {name: Tensor}, put in before the mask is applied.
+
+    Raises:
+        InputError: a mask fits no parameter of the model.
+    """
+    parameters = dict(model.named_parameters())
+    for name, mask in masks.items():
+        if name not in parameters or parameters[name].shape != mask.shape:
+            raise InputError("The masks do not fit the model", f"there is no weight {name} of shape {tuple(mask.shape)} in it",
+                             "use masks made for this very model")
+    kept_aside = []
+    try:
+        for name, mask in masks.items():
+            data = parameters[name].data
+            gone = ~mask.to(data.device)
+            kept_aside.append((data, gone, data.clone() if weights else data[gone]))
+            if weights:
+                data.copy_(weights[name])
+            data.masked_fill_(gone, 0)
+        yield model
+    finally:
+        for data, gone, values in kept_aside:
+            if values.shape == data.shape:
+                data.copy_(values)
+            else:
+                data[gone] = values
+
+
+def pack(mask: torch.Tensor) -> torch.Tensor:
+    """A mask as bits: numpy.packbits along the last axis, little-endian. BoolTensor (..., n) to uint8 (..., ⌈n/8⌉)."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy(), axis=-1, bitorder="little"))
+
+
+def unpack(bits: torch.Tensor, shape: Collection[int]) -> torch.Tensor:
+    """The mask of that shape back from its bits."""
+    return torch.from_numpy(np.unpackbits(bits.numpy(), axis=-1, count=tuple(shape)[-1], bitorder="little").astype(bool))
+
+
+def rank_bins(scores: torch.Tensor, transposed: bool = False) -> torch.Tensor:
+    """Each weight's rank in its matrix, in 256 equal bins, 0 the lowest: `⌊256 · rank / size⌋`.
+
+    `rank_bins(S) >= 256 · s` is the mask of sparsity s at granularity "matrix", exactly where 256 · s is whole, within 1/256 elsewhere.
+
+    Args:
+        scores: Tensor as stored; ties by lower index of the (out, in) order, as in `make_masks`.
+
+    Returns:
+        uint8, same shape.
+    """
+    rows = as_rows(scores, transposed)
+    order = rows.reshape(-1).argsort(stable=True)
+    bins = torch.empty_like(order, dtype=torch.uint8)
+    bins[order] = (torch.arange(order.numel(), device=order.device) * BINS // order.numel()).to(torch.uint8)
+    return as_rows(bins.view(rows.shape), transposed).contiguous()
+
+
+def jaccard(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> float:
+    """Weights that both masks keep, as a share of those that either keeps."""
+    both = sum(int((a[n] & b[n]).sum()) for n in a)
+    either = sum(int((a[n] | b[n]).sum()) for n in a)
+    return both / max(either, 1)
+
+
+def jaccard_floor(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> float:
+    """What two random masks with these masks' counts in every matrix would share: 1/3 where half is kept."""
+    both = either = 0.0
+    for n in a:
+        kept_a, kept_b = float(a[n].float().mean()), float(b[n].float().mean())
+        both += a[n].numel() * kept_a * kept_b
+        either += a[n].numel() * (kept_a + kept_b - kept_a * kept_b)
+    return both / max(either, 1.0)

@@ -1,0 +1,295 @@
+"""A run from beginning to end, in the order of the paper's method section. The one file to read first."""
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from dpruner import baselines, calibration, store
+from dpruner.calibration import load_calibration, load_texts
+from dpruner.compensate import Compensated, compensate_after, compensate_walk, compensation_sets, mixed_fisher
+from dpruner.config import RunConfig, split_domain
+from dpruner.domain import DomainImportance, FineTune, domain_importance, fisher_diagonal
+from dpruner.errors import InputError
+from dpruner.evaluate import Estimate, perplexity
+from dpruner.general import general_importance
+from dpruner.masks import Scores, jaccard, jaccard_floor, make_masks, pruned, rank_bins, sparsity_of
+from dpruner.model import count_weights, fingerprint, load_model, skipped_weights
+from dpruner.stats import matrix_stats
+from dpruner.status import Status
+from dpruner.store import Run
+
+DENSE = "dense"   # the method's name in tables where nothing is pruned
+
+
+def run(config: RunConfig, *, runs: str | Path = "runs", cache: str | Path = "cache",
+        watch: Callable[[Status], None] | None = None) -> Run:
+    """Prune a model for each domain with each method, evaluate, and keep everything in a run folder.
+
+    Whatever a user may have got wrong is found before the folder is made.
+
+    Args:
+        config: what to do.
+        runs: folder that holds the run folders.
+        cache: folder of general importances, shared by every run of the same model and calibration.
+        watch: called with the run's Status after every step.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        InputError: one sentence on what is wrong; also kept in status.json when the run had begun.
+        KeyboardInterrupt: after status.json says "cancelled".
+    """
+    config.check()
+    model, tokenizer = load_model(config.model, revision=config.revision, device=config.device, dtype=config.dtype)
+    texts = Texts(config, tokenizer)
+    sparsity = prunable_sparsity(config, model)
+
+    run = store.new_run(runs, "-".join([Path(config.model).name, *texts.labels]))
+    with Status(run.folder, planned_work(config, texts), watch) as status:
+        store.write_json(run.folder / "run.json", record(config, model, texts))
+        G = cached_general_importance(config, model, texts, Path(cache), status)
+        general_fisher = None
+        if config.compensate == "walk" and config.fisher == "both" and "dpruner" in config.methods:
+            general_fisher = cached(Path(cache), "fisher", {"model": fingerprint(model), "calibration": calibration.fingerprint(texts.general)},
+                                    lambda: fisher_diagonal(model, texts.general, stage="general fisher", progress=status.step))
+        status.about = DENSE
+        metrics = [evaluated(config, model, tokenizer, texts, DENSE, label, status) for label in texts.labels]
+        stats, masks = [], {}
+        for label in texts.labels:
+            status.about = label
+            S = score_domain(config, model, texts.domains[label], G, status)
+            for method in config.methods:
+                status.about = f"{method} for {label}"
+                scores = score(method, config, model, texts, label, S, status)
+                kept = prune(method, config, model, texts, label, scores, sparsity, general_fisher, status)
+                save(run, method, label, scores, kept)
+                stats.append(matrix_stats(model, kept.masks, scores).assign(method=method, domain=label))
+                metrics.append(evaluated(config, model, tokenizer, texts, method, label, status, kept))
+                metrics.append(described(model, method, label, kept.masks))
+                masks[method, label] = kept.masks
+            if "dpruner" in config.methods:
+                metrics.append(lambda_changes(config, label, S, sparsity))
+        metrics.append(similarities(config, texts.labels, masks))
+        store.write_table(run.folder / "stats.parquet", pd.concat(stats, ignore_index=True))
+        store.write_table(run.folder / "metrics.parquet", pd.concat([m for m in metrics if len(m)], ignore_index=True))
+    return run
+
+
+class Texts:
+    """The calibration batches and held-out texts of a run, all loaded before the work begins.
+
+    Attributes:
+        general: open-domain calibration, LongTensors (1, seqlen).
+        domains: {label: calibration batches}.
+        heldout: {label: held-out documents}, "general" among them; empty where nothing is evaluated.
+    """
+
+    def __init__(self, config: RunConfig, tokenizer):
+        def batches(source):
+            return load_calibration(source, tokenizer, config.nsamples, config.seqlen, config.seed, column=config.column)
+
+        sources = dict(split_domain(d) for d in config.domains)
+        self.labels = list(sources)
+        self.open_label = split_domain(config.general)[0]
+        self.general = load_calibration(split_domain(config.general)[1], tokenizer, config.nsamples, config.seqlen, config.seed)
+        self.domains = {label: batches(source) for label, source in sources.items()}
+        self.heldout = {}
+        if config.evaluate:
+            for label, source in {self.open_label: split_domain(config.general)[1], **sources}.items():
+                self.heldout[label] = load_texts(source, "heldout", column=config.column if label in sources else None, limit=config.eval_documents)
+
+    def sets(self, label: str, kind: str) -> list[list[torch.Tensor]]:
+        """Calibration sets of one domain: open domain, domain, or both."""
+        return compensation_sets(self.general, self.domains[label], kind)
+
+
+def prunable_sparsity(config: RunConfig, model) -> float:
+    """The share of the prunable weights to remove, for a sparsity asked of those or of the whole model.
+
+    Raises:
+        InputError: the whole model cannot be made that sparse.
+    """
+    prunable, total = count_weights(model)
+    wanted = config.sparsity * (total / prunable if config.sparsity_of == "model" else 1)
+    if wanted > 1:
+        raise InputError(f"A sparsity of {config.sparsity} of the whole model cannot be reached",
+                         f"only {prunable / total:.0%} of its weights are prunable", f"ask for at most {prunable / total:.2f}")
+    return wanted
+
+
+def record(config: RunConfig, model, texts: Texts) -> dict:
+    """run.json: enough to repeat the run, and to notice when it would not be the same."""
+    prunable, total = count_weights(model)
+    packages = {p: version(p) for p in ("torch", "transformers", "datasets", "safetensors")}
+    return {
+        "config": config.to_dict(),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": {"python": platform.python_version(), **packages},
+        "device": {"type": model.device.type, "threads": torch.get_num_threads(), "precision": str(model.dtype).removeprefix("torch.")},
+        "model": {"class": type(model).__name__, "fingerprint": fingerprint(model), "commit": getattr(model.config, "_commit_hash", None),
+                  "prunable_weights": prunable, "weights": total, "skipped": skipped_weights(model)},
+        "calibration": {label: calibration.fingerprint(b) for label, b in {texts.open_label: texts.general, **texts.domains}.items()},
+    }
+
+
+def cached(folder: Path, kind: str, key: Mapping, compute) -> Scores:
+    """Scores from the cache, or computed and put there. A damaged file is computed anew."""
+    identity = json.dumps(key, sort_keys=True)
+    path = folder / kind / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.safetensors"
+    if path.is_file():
+        try:
+            return store.read_scores(path)
+        except InputError:
+            path.unlink(missing_ok=True)
+    scores = compute()
+    store.write_scores(path, scores, {"key": identity})
+    return scores
+
+
+def cached_general_importance(config: RunConfig, model, texts: Texts, cache: Path, status: Status) -> Scores:
+    """G for the run, shared with every other run of the same model, calibration and settings."""
+    key = {"model": fingerprint(model), "calibration": calibration.fingerprint(texts.general), "mode": config.general_mode,
+           "sparsity": config.general_sparsity, "batch_size": config.batch_size, "device": model.device.type, "torch": version("torch")}
+    return cached(cache, "general", key, lambda: general_importance(
+        model, texts.general, config.general_sparsity, config.general_mode, batch_size=config.batch_size, progress=status.step))
+
+
+def score_domain(config: RunConfig, model, batches, G: Scores, status: Status) -> DomainImportance:
+    """The domain pass of one domain."""
+    tune = FineTune(epochs=config.epochs) if config.finetune else None
+    return domain_importance(model, batches, G, config.formula, config.lam, means="model" if config.granularity == "global" else "matrix",
+                             finetune=tune, progress=status.step)
+
+
+def score(method: str, config: RunConfig, model, texts: Texts, label: str, S: DomainImportance, status: Status) -> Scores | None:
+    """The scores a method ranks weights by; None where they exist only inside a walk."""
+    if method == "dpruner":
+        return None if config.compensate == "walk" else S.dual
+    if method in ("domain", "general"):
+        return getattr(S, method)
+    if method == "magnitude":
+        return baselines.magnitude(model)
+    if method == "random":
+        return baselines.random(model, config.seed, label)
+    if method == "wanda":
+        batches = sum(texts.sets(label, config.baseline_calibration), [])
+        return baselines.wanda(model, batches, batch_size=config.batch_size, progress=status.step)
+    return None
+
+
+def prune(method: str, config: RunConfig, model, texts: Texts, label: str, scores: Scores | None, sparsity: float, general_fisher,
+          status: Status) -> Compensated:
+    """Mask and weights of a method; the weights are None where the kept ones stay as they are."""
+    how = {"batch_size": config.batch_size, "progress": status.step}
+    if method == "sparsegpt":
+        return baselines.sparsegpt(model, texts.sets(label, config.baseline_calibration), sparsity, **how)
+    sets = texts.sets(label, config.hessian)
+    if method == "dpruner" and config.compensate == "walk":
+        fisher = fisher_diagonal(model, texts.domains[label], stage="domain fisher", progress=status.step)
+        fisher = mixed_fisher([fisher, general_fisher]) if general_fisher is not None else fisher
+        return compensate_walk(model, sets, fisher, sparsity, 1.0 if config.lam is None else config.lam, **how)
+    # Wanda compares the weights of one output with each other; its scores mean little across outputs
+    granularity = "row" if method == "wanda" and config.granularity == "matrix" else config.granularity
+    masks = make_masks(scores, None if ":" in granularity else sparsity, granularity)
+    if config.compensate == "after":
+        return compensate_after(model, sets, masks, **how)
+    return Compensated(masks, None)
+
+
+def save(run: Run, method: str, label: str, scores: Scores | None, kept: Compensated) -> None:
+    """Masks, ranks and moved weights into the run folder."""
+    store.write_masks(run.path("masks", method, label), kept.masks)
+    if scores is not None:
+        store.write_tensors(run.path("ranks", method, label), {n: rank_bins(s, n in scores.transposed) for n, s in scores.items()})
+    if kept.weights is not None:
+        store.write_tensors(run.path("weights", method, label), kept.weights)
+
+
+METRIC_COLUMNS = ("method", "domain", "text", "metric", "value", "low", "high", "n")
+
+
+def rows(*records: tuple) -> pd.DataFrame:
+    """A piece of metrics.parquet; figures without an interval have NaN bounds."""
+    frame = pd.DataFrame(records, columns=METRIC_COLUMNS)
+    return frame.astype({"value": float, "low": float, "high": float, "n": "int64"})
+
+
+def exact(method, domain, text, metric, value, n) -> tuple:
+    """A figure that is counted, not estimated."""
+    return method, domain, text, metric, value, None, None, n
+
+
+def evaluated(config: RunConfig, model, tokenizer, texts: Texts, method: str, label: str, status: Status,
+              kept: Compensated | None = None) -> pd.DataFrame:
+    """Perplexity on the domain's held-out text and on open-domain text."""
+    found = []
+    with pruned(model, kept.masks if kept else {}, kept.weights if kept else None):
+        for text in dict.fromkeys((label, texts.open_label)) if config.evaluate else ():
+            e: Estimate = perplexity(model, tokenizer, texts.heldout[text], config.eval_seqlen, batch_size=config.batch_size, seed=config.seed,
+                                     stage="evaluation", progress=status.step)
+            found.append((method, label, text, "perplexity", float(e), e.low, e.high, e.n))
+    return rows(*found)
+
+
+def described(model, method: str, label: str, masks) -> pd.DataFrame:
+    """Sparsity of the prunable weights and of the whole model, both always reported."""
+    prunable, total = count_weights(model)
+    share = sparsity_of(masks)
+    return rows(exact(method, label, "", "sparsity of prunable weights", share, prunable),
+                exact(method, label, "", "sparsity of the whole model", share * prunable / total, total))
+
+
+def lambda_changes(config: RunConfig, label: str, S: DomainImportance, sparsity: float) -> pd.DataFrame:
+    """How many weights the general term moves in or out of the mask: its decisions against those of λ = 0."""
+    asked = None if ":" in config.granularity else sparsity
+    with_g, without = (make_masks(s, asked, config.granularity) for s in (S.dual, S.domain))
+    changed = sum(int((with_g[n] ^ without[n]).sum()) for n in with_g)
+    return rows(exact("dpruner", label, "", "decisions changed by λ", changed, sum(m.numel() for m in with_g.values())))
+
+
+def similarities(config: RunConfig, labels: list[str], masks: Mapping) -> pd.DataFrame:
+    """Jaccard similarity of every two domains' masks, with what two random masks of these counts would share."""
+    found = []
+    for method in config.methods:
+        for i, a in enumerate(labels):
+            for b in labels[i + 1:]:
+                one, other = masks[method, a], masks[method, b]
+                size = sum(m.numel() for m in one.values())
+                found += [exact(method, a, b, "jaccard", jaccard(one, other), size),
+                          exact(method, a, b, "jaccard floor", jaccard_floor(one, other), size)]
+    return rows(*found)
+
+
+def planned_work(config: RunConfig, texts: Texts) -> list[tuple[str, float]]:
+    """Stages in the order they come, each with its cost in token passes through the model, for the share done and the time left."""
+    tokens = config.nsamples * config.seqlen
+    walk = 3 * tokens
+    # overlapping windows pass two or three tokens for each new one, and a token is about four characters
+    held = {label: sum(len(t) for t in documents) / 2 for label, documents in texts.heldout.items()}
+    evaluation = {label: [("evaluation", held[t]) for t in dict.fromkeys((label, texts.open_label)) if t in held] for label in texts.labels}
+    passes = 6 if config.finetune else 3
+    plan = [("general importance", walk)]
+    if config.compensate == "walk" and config.fisher == "both":
+        plan.append(("general fisher", 3 * tokens))
+    plan += [stage for label in texts.labels for stage in evaluation[label]]
+    for label in texts.labels:
+        plan.append(("domain importance", passes * tokens * (config.epochs if config.finetune else 1)))
+        for method in config.methods:
+            if method == "wanda":
+                plan.append(("wanda", walk / 2))
+            if method == "sparsegpt":
+                plan.append(("sparsegpt", walk))
+            elif config.compensate == "walk" and method == "dpruner":
+                plan += [("domain fisher", 3 * tokens), ("compensation", 2 * walk)]
+            elif config.compensate == "after":
+                plan.append(("compensation", 2 * walk))
+            plan += evaluation[label]
+    return plan

@@ -1,0 +1,44 @@
+"""What a mask keeps, counted: per matrix, head, row and column."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from dpruner.masks import Scores, as_rows
+from dpruner.model import heads_of, prunable_linears, stored_transposed
+
+
+def matrix_stats(model: nn.Module, masks: Mapping[str, torch.Tensor], scores: Scores | None = None) -> pd.DataFrame:
+    """Counts of every matrix and of its parts.
+
+    Args:
+        masks: {full parameter name: BoolTensor as stored, True = kept}.
+        scores: what the mask was made from, if it is known.
+
+    Returns:
+        One row per matrix and part: matrix, part ("matrix", "row", "column", "head"; in the (out, in) sense), index of the part (0 for the
+        matrix), weights, kept, and mean score (NaN where unknown).
+    """
+    heads = heads_of(model)
+    tables = []
+    for name, module in prunable_linears(model).items():
+        transposed = stored_transposed(module)
+        kept = as_rows(masks[name], transposed).cpu().numpy()
+        score = as_rows(scores[name], transposed).double().cpu().numpy() if scores is not None else np.full(kept.shape, np.nan, dtype=np.float32)
+        tables.append(_part(name, "matrix", kept.reshape(1, -1), score.reshape(1, -1)))
+        tables.append(_part(name, "row", kept, score))
+        tables.append(_part(name, "column", kept.T, score.T))
+        if name in heads:
+            axis, size = heads[name]
+            flat = (kept, score) if axis == "row" else (kept.T, score.T)
+            tables.append(_part(name, "head", *(a.reshape(a.shape[0] // size, -1) for a in flat)))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _part(name: str, part: str, kept: np.ndarray, score: np.ndarray) -> pd.DataFrame:
+    """One row for each row of `kept` (parts, weights)."""
+    return pd.DataFrame({"matrix": name, "part": part, "index": np.arange(len(kept), dtype=np.int32), "weights": np.int64(kept.shape[1]),
+                         "kept": kept.sum(1), "score": score.mean(1).astype(np.float32)})

@@ -1,0 +1,89 @@
+"""status.json: what a run is doing, how far it is, and how it ended."""
+
+import contextlib
+import errno
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from dpruner.errors import InputError
+from dpruner.store import write_json
+
+EVERY = 0.25   # seconds between two writes
+
+
+class Status:
+    """Keeps status.json true while a run is in its `with`: running, then done, failed or cancelled.
+
+    Args:
+        folder: of the run.
+        plan: [(stage, cost)] in the order the stages come; costs in any unit, for the share done and the time left.
+        watch: called with this object after every step.
+
+    Attributes:
+        about: what the current stage works on, for people to read.
+        stage, done, total: the current stage and how many of its steps are done.
+    """
+
+    def __init__(self, folder: Path, plan: list[tuple[str, float]], watch: Callable[["Status"], None] | None = None):
+        self.path, self.plan, self.watch = folder / "status.json", plan, watch
+        self.at, self.began, self.written = -1, time.time(), 0.0
+        self.about = ""
+        self.stage, self.done, self.total = "starting", 0, 1
+
+    def __enter__(self) -> "Status":
+        self._write("running")
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if error is None:
+            self._write("done")
+            return
+        problem = None
+        if isinstance(error, InputError):
+            problem = error
+        elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            problem = InputError(f"The run could not be written to {self.path.parent}", "the disk is full", "free some space and run it again")
+        elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            problem = InputError("The run needs more memory than there is", str(error).splitlines()[0].rstrip(".") if str(error) else "out of memory",
+                                 "lower batch_size or seqlen, or choose a smaller precision or another device")
+        cancelled = isinstance(error, KeyboardInterrupt)
+        said = problem or InputError(f"The run stopped in the stage {self.stage!r}", f"{kind.__name__}: {error}".rstrip(".: "),
+                                     "report it with its settings")
+        with contextlib.suppress(OSError):   # the disk that failed the run may fail its status too; the error still reaches the caller
+            self._write("cancelled" if cancelled else "failed", None if cancelled else
+                        {"what": said.what, "why": said.why, "what to do": said.fix})
+        if problem is not None and problem is not error:
+            raise problem from error
+
+    def step(self, stage: str, done: int, total: int) -> None:
+        """Some steps of a stage are done; with `done` = 0 it begins, and the plan moves on to its next stage of that name."""
+        if done == 0:
+            self.at = next((i for i in range(self.at + 1, len(self.plan)) if self.plan[i][0] == stage), self.at)
+        self.stage, self.done, self.total = stage, done, total
+        if self.watch:
+            self.watch(self)
+        if time.time() - self.written >= EVERY:
+            self._write("running")
+
+    @property
+    def share(self) -> float:
+        """Share of the planned work that is done, 0..1."""
+        cost = [c for _, c in self.plan]
+        if self.at < 0 or not sum(cost):
+            return 0.0
+        return (sum(cost[:self.at]) + cost[self.at] * self.done / max(self.total, 1)) / sum(cost)
+
+    @property
+    def eta(self) -> float | None:
+        """Seconds left at the pace so far; None before there is a pace."""
+        return (time.time() - self.began) * (1 - self.share) / self.share if self.share else None
+
+    def _write(self, state: str, error: dict | None = None) -> None:
+        over = state == "done"
+        write_json(self.path, {"state": state, "stage": self.stage, "about": self.about, "done": self.done, "total": self.total,
+                               "progress": 1.0 if over else round(self.share, 4),
+                               "eta_seconds": 0.0 if over else self.eta and round(self.eta, 1),
+                               "elapsed_seconds": round(time.time() - self.began, 1), "pid": os.getpid(), "error": error})
+        self.written = time.time()

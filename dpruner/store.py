@@ -1,0 +1,237 @@
+"""Run folders: plain files, each written under a temporary name and renamed, read back lazily (layout in README)."""
+
+import contextlib
+import json
+import os
+import re
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from dpruner.errors import InputError
+from dpruner.masks import Scores, pack, unpack
+
+STATES = ("queued", "running", "done", "failed", "cancelled")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`; renamed to it when the body ends well, removed when it does not. Readers never see half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path):
+    """
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"The file {path} was not found", "the run folder is incomplete or was deleted", "check the name of the run") from None
+    except (ValueError, OSError) as error:
+        raise _damaged(path) from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    with replacing(path) as temporary:
+        save_file({n: t.detach().contiguous() for n, t in tensors.items()}, temporary, dict(metadata or {}))
+
+
+def read_tensors(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    with opened(path, device) as file:
+        return {n: file.get_tensor(n) for n in file.keys()}
+
+
+@contextlib.contextmanager
+def opened(path: Path, device: str = "cpu"):
+    """A safetensors file, read lazily.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    if not path.is_file():
+        raise InputError(f"The file {path} was not found", "this run did not write it, or it was deleted", "check the names of method and domain")
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path) from error
+
+
+def write_table(path: Path, rows: pd.DataFrame) -> None:
+    with replacing(path) as temporary:
+        rows.to_parquet(temporary, index=False)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    if not path.is_file():
+        raise InputError(f"The file {path} was not found", "this run did not write it, or it was deleted", "run it again")
+    try:
+        return pd.read_parquet(path)
+    except (ValueError, OSError) as error:
+        raise _damaged(path) from error
+
+
+def _damaged(path: Path) -> InputError:
+    return InputError(f"The file {path} cannot be read", "it is damaged or of another format", "delete it and run again")
+
+
+def write_masks(path: Path, masks: Mapping[str, torch.Tensor]) -> None:
+    """Masks as bits (numpy.packbits along the last axis, little-endian), their shapes in the metadata."""
+    shapes = {n: list(m.shape) for n, m in masks.items()}
+    write_tensors(path, {n: pack(m) for n, m in masks.items()}, {"shapes": json.dumps(shapes), "packing": "numpy.packbits axis=-1 little"})
+
+
+def read_masks(path: Path) -> dict[str, torch.Tensor]:
+    """{name: BoolTensor} of a mask file.
+
+    Raises:
+        InputError: the file is missing, damaged, or no mask file.
+    """
+    with opened(path) as file:
+        try:
+            shapes = json.loads((file.metadata() or {})["shapes"])
+            return {n: unpack(file.get_tensor(n), shapes[n]) for n in file.keys()}
+        except (KeyError, ValueError, TypeError) as error:
+            raise _damaged(path) from error
+
+
+def write_scores(path: Path, scores: Scores, metadata: Mapping[str, str] | None = None) -> None:
+    """Scores with the names of those stored as (in, out)."""
+    write_tensors(path, scores, {"transposed": json.dumps(sorted(scores.transposed)), **(metadata or {})})
+
+
+def read_scores(path: Path) -> Scores:
+    """
+    Raises:
+        InputError: the file is missing, damaged, or holds no scores.
+    """
+    with opened(path) as file:
+        try:
+            return Scores({n: file.get_tensor(n) for n in file.keys()}, json.loads((file.metadata() or {})["transposed"]))
+        except (KeyError, ValueError) as error:
+            raise _damaged(path) from error
+
+
+class Run:
+    """A run folder: `run.json`, `status.json`, `masks/`, `ranks/`, `weights/`, `stats.parquet`, `metrics.parquet`.
+
+    Args:
+        folder: of an existing run.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+
+    def __repr__(self):
+        return f"Run({str(self.folder)!r})"
+
+    @property
+    def id(self) -> str:
+        return self.folder.name
+
+    @property
+    def record(self) -> dict:
+        """run.json: config, versions, seeds, fingerprints."""
+        return read_json(self.folder / "run.json")
+
+    @property
+    def config(self) -> dict:
+        """The settings, as `RunConfig(**run.config)` takes them."""
+        return self.record["config"]
+
+    @property
+    def status(self) -> dict:
+        return read_json(self.folder / "status.json")
+
+    def path(self, kind: str, method: str, domain: str) -> Path:
+        """Where masks, ranks or weights of a method and domain (by its label) lie."""
+        return self.folder / kind / f"{method}@{domain}.safetensors"
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """(method, domain) of every mask in the run."""
+        return [tuple(p.stem.split("@", 1)) for p in sorted((self.folder / "masks").glob("*@*.safetensors"))]
+
+    def masks(self, method: str, domain: str) -> dict[str, torch.Tensor]:
+        """{name: BoolTensor, True = kept}."""
+        return read_masks(self.path("masks", method, domain))
+
+    def ranks(self, method: str, domain: str) -> dict[str, torch.Tensor]:
+        """{name: uint8 bins of the rank in its matrix}; not there for methods whose score exists only inside a walk."""
+        return read_tensors(self.path("ranks", method, domain))
+
+    def weights(self, method: str, domain: str) -> dict[str, torch.Tensor] | None:
+        """Compensated weights {name: Tensor}, None where the method leaves the kept weights alone."""
+        path = self.path("weights", method, domain)
+        return read_tensors(path) if path.is_file() else None
+
+    def stats(self) -> pd.DataFrame:
+        """One row per method, domain and matrix, row, column or head."""
+        return read_table(self.folder / "stats.parquet")
+
+    def metrics(self) -> pd.DataFrame:
+        """One row per figure: method, domain, text, metric, value, low, high, n."""
+        return read_table(self.folder / "metrics.parquet")
+
+
+def new_run(root: str | Path, name: str) -> Run:
+    """An empty run folder with a fresh id: time, then what it is about."""
+    safe = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")[:60]
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
+        folder = Path(root) / f"{stamp}-{safe}{suffix}"
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return Run(folder)
+    raise InputError(f"No run folder could be made in {root}", "a thousand runs started in this second", "try again")
+
+
+def find_runs(root: str | Path) -> list[Run]:
+    """The runs below a folder, newest first."""
+    return [Run(p.parent) for p in sorted(Path(root).glob("*/run.json"), reverse=True)]
+
+
+def open_run(name: str | Path, root: str | Path = "runs") -> Run:
+    """A run by its folder, its id, or the start of its id; "last" is the newest.
+
+    Raises:
+        InputError: there is no such run, or several.
+    """
+    if (Path(name) / "run.json").is_file():
+        return Run(name)
+    runs = find_runs(root)
+    found = runs[:1] if str(name) == "last" else [r for r in runs if r.id == str(name)] or [r for r in runs if r.id.startswith(str(name))]
+    if len(found) != 1:
+        known = ", ".join(r.id for r in runs[:5]) or "none yet"
+        raise InputError(f"The run {str(name)!r} was not found" if not found else f"The run {str(name)!r} is not unique",
+                         f"the folder {root} holds {known}", "give one of these ids, a run folder, or 'last'")
+    return found[0]

@@ -1,0 +1,228 @@
+"""Run a decoder block by block: catch what enters each block, and what enters each linear."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from dpruner.errors import InputError
+from dpruner.hessian import Hessian
+from dpruner.masks import as_rows
+from dpruner.model import decoder_blocks, linears_of, require_length, stored_transposed
+
+
+def first(output):
+    """The hidden states of a block's output: blocks return a tensor or a tuple that starts with it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def stack(batches: list[torch.Tensor], batch_size: int) -> list[torch.Tensor]:
+    """Join neighbours of equal length into batches of at most `batch_size` sequences.
+
+    Args:
+        batches: LongTensors (b, seqlen).
+        batch_size: sequences a batch; a matter of speed only.
+    """
+    joined: list[list[torch.Tensor]] = []
+    for row in (row for batch in batches for row in batch.split(1)):
+        if joined and len(joined[-1]) < batch_size and joined[-1][0].shape == row.shape:
+            joined[-1].append(row)
+        else:
+            joined.append([row])
+    return [torch.cat(rows) for rows in joined]
+
+
+class Recorder:
+    """What each block is called with, one entry a batch, its hidden states apart from the rest.
+
+    Args that are equal to the previous batch's (rotary tables, causal masks) are kept once.
+    """
+
+    def __init__(self, blocks: nn.ModuleList):
+        self.calls: list[list[tuple[tuple, dict]]] = [[] for _ in blocks]
+        self.hidden: list[torch.Tensor] = []
+
+    def keep(self, index: int, args: tuple, kwargs: dict) -> torch.Tensor:
+        """Remember a call of block `index`; returns its hidden states (batch, seqlen, hidden)."""
+        args, kwargs = list(args), dict(kwargs)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        args, kwargs = [None, *args[1:]] if args else [], {k: None if k == "hidden_states" else v for k, v in kwargs.items()}
+        if index == 0:
+            self.hidden.append(hidden)
+        if self.calls[index]:
+            old_args, old_kwargs = self.calls[index][-1]
+            args = [_shared(a, b) for a, b in zip(args, old_args, strict=True)]
+            kwargs = {k: _shared(v, old_kwargs.get(k)) for k, v in kwargs.items()}
+        self.calls[index].append((tuple(args), kwargs))
+        return hidden
+
+
+def _shared(new, old):
+    """`old` where both are equal tensors (or tuples of such), so that equal masks and rotary tables take memory once."""
+    if isinstance(new, tuple) and isinstance(old, tuple) and len(new) == len(old):
+        return tuple(_shared(n, o) for n, o in zip(new, old, strict=True))
+    if isinstance(new, torch.Tensor) and isinstance(old, torch.Tensor) and new.shape == old.shape and new.dtype == old.dtype:
+        return old if new is old or torch.equal(new, old) else new
+    return new
+
+
+@contextlib.contextmanager
+def _passing_through(blocks: nn.ModuleList, recorder: Recorder):
+    """Blocks that record their call and hand their input on. The first call of each runs for real, to learn what it returns."""
+    returns: dict[int, object] = {}
+
+    def patched(index, original):
+        def forward(*args, **kwargs):
+            hidden = recorder.keep(index, args, kwargs)
+            if index not in returns:
+                returns[index] = original(*args, **kwargs)
+                return returns[index]
+            return (hidden, *returns[index][1:]) if isinstance(returns[index], tuple) else hidden
+        return forward
+
+    before = [block.__dict__.get("forward") for block in blocks]   # accelerate, for one, puts its own there
+    try:
+        for index, block in enumerate(blocks):
+            block.forward = patched(index, block.forward)
+        yield
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            block.__dict__.pop("forward", None)
+            if forward is not None:
+                block.forward = forward
+
+
+@torch.no_grad()
+def block_calls(model: nn.Module, blocks: nn.ModuleList, batches: list[torch.Tensor]) -> Recorder:
+    """Everything the blocks need to be run one at a time on `batches`, without computing them.
+
+    Each block's own arguments are kept, because they differ between blocks (sliding windows, per-layer inputs).
+
+    Args:
+        batches: LongTensors (b, seqlen).
+    """
+    recorder = Recorder(blocks)
+    with _passing_through(blocks, recorder):
+        for ids in batches:
+            model(input_ids=ids.to(model.device), use_cache=False)
+    return recorder
+
+
+def run_block(block: nn.Module, hidden: torch.Tensor, call: tuple[tuple, dict]) -> torch.Tensor:
+    """One block on one batch: hidden states (b, seqlen, hidden) to hidden states of the same shape."""
+    args, kwargs = call
+    if args:
+        return first(block(hidden, *args[1:], **kwargs))
+    return first(block(**{**kwargs, "hidden_states": hidden}))
+
+
+@contextlib.contextmanager
+def linear_inputs(linears: dict[str, nn.Module]) -> Iterator[dict[str, list[torch.Tensor]]]:
+    """While open, the inputs of each linear since the dict was last cleared: {name: [tensor (..., in), ...]}."""
+    seen: dict[str, list[torch.Tensor]] = {}
+
+    def hook(name):
+        def keep(_module, args):
+            seen.setdefault(name, []).append(args[0])
+        return keep
+
+    handles = [m.register_forward_pre_hook(hook(n)) for n, m in linears.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+        seen.clear()
+
+
+def sharing(seen: dict[str, list[torch.Tensor]]) -> list[list[str]]:
+    """Names grouped by the tensors they received: linears fed by the very same tensors share one group (q/k/v, gate/up)."""
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name, tensors in seen.items():
+        groups.setdefault(tuple(id(t) for t in tensors), []).append(name)
+    return list(groups.values())
+
+
+Progress = Callable[[str, int, int], None]   # stage, steps done, steps in all
+
+
+def quiet(stage: str, done: int, total: int) -> None:
+    """Progress nobody watches."""
+
+
+@contextlib.contextmanager
+def _original_weights(linears: dict[str, nn.Module]):
+    """The linears' weights come back bit for bit on exit."""
+    originals = {n: m.weight.detach().clone() for n, m in linears.items()}
+    try:
+        yield
+    finally:
+        for name, m in linears.items():
+            m.weight.data.copy_(originals[name])
+
+
+@torch.no_grad()
+def walk(model: nn.Module, calibrations: list[list[torch.Tensor]], visit: Callable, *, update: bool = True, batch_size: int = 8,
+         stage: str = "walk", progress: Progress = quiet) -> None:
+    """Go through the decoder block by block with the Hessian of every linear, as SparseGPT does (METHOD section 2).
+
+    In a block the Hessians of all linears are taken with the block's own weights, on inputs that the blocks before it produced after their
+    update. Linears fed by the same tensor share one Hessian and are visited together. The model's weights are untouched afterwards.
+
+    Args:
+        calibrations: one or more sets of calibration batches, each a list of LongTensors (b, seqlen); their Hessians stay apart.
+        visit: `visit(rows, hessians)` with rows = {name: float32 weight (out, in), a copy} and hessians = one float32 (in, in) per set;
+            returns the new rows by name where `update` is set.
+        update: let the updated block produce the inputs of the next one; otherwise every block sees what the dense model would give it.
+        batch_size: sequences a forward pass; a matter of speed and memory only.
+        stage, progress: what is reported after every block.
+
+    Raises:
+        InputError: a calibration set is empty or too long for the model.
+    """
+    _, blocks = decoder_blocks(model)
+    sets = []
+    for batches in calibrations:
+        if not batches:
+            raise InputError("There is nothing to calibrate on", "the list of batches is empty", "load at least one sequence")
+        batches = stack(batches, batch_size)
+        require_length(model, max(b.shape[1] for b in batches))
+        recorder = block_calls(model, blocks, batches)
+        sets.append((recorder.hidden, recorder.calls))
+    for index, block in enumerate(blocks):
+        progress(stage, index, len(blocks))
+        linears = linears_of(model, block)
+        # without an update the pass that collects the inputs is the pass that makes the next block's
+        hessians = [_collect(block, linears, hidden, calls[index], keep_output=not update) for hidden, calls in sets]
+        with _original_weights(linears) if update else contextlib.nullcontext():
+            for names in sorted({names for found in hessians for names in found}):
+                rows = {n: as_rows(linears[n].weight.detach(), stored_transposed(linears[n])).float().clone() for n in names}
+                new = visit(rows, [found[names].mean() for found in hessians])
+                for n in names if update else ():
+                    as_rows(linears[n].weight.data, stored_transposed(linears[n])).copy_(new[n])
+            if update:
+                for hidden, calls in sets:
+                    for j, x in enumerate(hidden):
+                        hidden[j] = run_block(block, x, calls[index][j])
+        for _, calls in sets:
+            calls[index] = None
+    progress(stage, len(blocks), len(blocks))
+
+
+def _collect(block, linears, hidden, calls, keep_output) -> dict[tuple[str, ...], Hessian]:
+    """Hessian of each group of linears of one block; replaces `hidden` by the block's output where `keep_output`."""
+    found: dict[tuple[str, ...], Hessian] = {}
+    with linear_inputs(linears) as seen:
+        for j, x in enumerate(hidden):
+            output = run_block(block, x, calls[j])
+            for names in sharing(seen):
+                inputs = seen[names[0]]
+                if tuple(names) not in found:
+                    found[tuple(names)] = Hessian(inputs[0].shape[-1], x.device)
+                for tensor in inputs:
+                    found[tuple(names)].add(tensor)
+            seen.clear()
+            if keep_output:
+                hidden[j] = output
+    return found
