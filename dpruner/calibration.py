@@ -492,10 +492,14 @@ def _load_files(builder: str, files: list[Path], column: str | None) -> list[str
 
 @contextmanager
 def _quiet_datasets() -> Iterator[None]:
-    """No progress bars and log lines of `datasets`, for the length of a `with`: what goes wrong is said once, by the InputError."""
+    """`datasets` without progress bars, log lines and calls home, for the length of a `with`.
+
+    What goes wrong is said once, by the InputError. By itself the library reports each use of a builder to a download counter on the
+    internet, even for local files: without a network that costs seconds, and a user's file is nobody's business.
+    """
     import datasets
 
-    with _LIBRARY_LOCK:
+    with _LIBRARY_LOCK, _settings(datasets.config, {"HF_UPDATE_DOWNLOAD_COUNTS": False}):
         bars, level = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
         try:
             datasets.disable_progress_bars()

@@ -63,7 +63,7 @@ def perplexity(model: nn.Module, tokenizer, texts: list[str], seqlen: int | None
     Args:
         texts: documents; one of fewer than two tokens says nothing and is passed over.
         seqlen: tokens a window; default 2,048 or the model's maximum.
-        stride: default a quarter of the window, at most 512.
+        stride: default half the window, at most 512.
         batch_size: windows a forward pass; changes the result by rounding only.
         seed: of the bootstrap, which resamples windows.
 
@@ -75,7 +75,7 @@ def perplexity(model: nn.Module, tokenizer, texts: list[str], seqlen: int | None
     """
     limit = max_length(model) or 2048
     seqlen = min(2048, limit) if seqlen is None else seqlen
-    stride = max(1, min(512, seqlen // 4)) if stride is None else stride
+    stride = max(1, min(512, seqlen // 2)) if stride is None else stride
     if not 2 <= seqlen <= limit or not 1 <= stride <= seqlen:
         raise InputError(f"Windows of {seqlen} tokens every {stride} cannot be evaluated", f"the model takes 2 to {limit} tokens and the stride fits into a window",
                          f"choose seqlen from 2 to {limit} and stride from 1 to seqlen")
@@ -103,5 +103,5 @@ def _losses(model, sequences: list[torch.Tensor]) -> list[np.ndarray]:
     lengths = [len(s) for s in sequences]
     ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(model.device)
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    losses = F.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
     return [row[:length - 1].double().cpu().numpy() for row, length in zip(losses, lengths, strict=True)]
