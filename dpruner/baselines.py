@@ -40,8 +40,7 @@ def wanda(model: nn.Module, batches: list[torch.Tensor], *, batch_size: int = 8,
 
     def visit(rows, hessians):
         for name, W in rows.items():
-            # the Hessian is 2/n Σ x xᵀ: its diagonal is ‖x‖² up to a factor that is the same for all inputs of a linear
-            as_rows(scores[name], name in names).copy_(W.abs() * hessians[0].diagonal().sqrt())
+            as_rows(scores[name], name in names).copy_(W.abs() * hessians[0].total.diagonal().sqrt())   # its diagonal is Σ x²
 
     walk(model, [batches], visit, update=False, batch_size=batch_size, stage="wanda", progress=progress)
     return scores

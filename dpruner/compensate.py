@@ -37,7 +37,8 @@ def compensated_walk(model: nn.Module, calibrations: list[list[torch.Tensor]], c
     weights = {n: m.weight.detach().clone() for n, m in linears.items()}
 
     def visit(rows, hessians):
-        new, removed = sweep_group(rows, hessians[0] if len(hessians) == 1 else mix(hessians), choose)
+        H = hessians[0].mean() if len(hessians) == 1 else mix([h.mean() for h in hessians])
+        new, removed = sweep_group(rows, H, choose)
         for name in rows:
             masks[name].copy_(as_rows(~removed[name], name in names))
             weights[name].copy_(as_rows(new[name], name in names))

@@ -91,11 +91,11 @@ def general_importance(model: nn.Module, batches: list[torch.Tensor], sparsity: 
             scores = saliency(W1, d)
             as_rows(G[name], name in names)[:, columns] = scores
             return release_cut(scores, sparsity)
-        return sweep_group(rows, hessians[0], choose)[0]
+        return sweep_group(rows, hessians[0].mean(), choose)[0]
 
     def static(rows, hessians):
-        dead = dead_inputs(hessians[0])
-        diagonal = factor(dampen(hessians[0])).diagonal()
+        H = hessians[0].mean()
+        dead, diagonal = dead_inputs(H), factor(dampen(H)).diagonal()
         for name, W in rows.items():
             W[:, dead] = 0
             as_rows(G[name], name in names).copy_(saliency(W, diagonal))

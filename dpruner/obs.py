@@ -63,7 +63,7 @@ def sweep(W: torch.Tensor, U: torch.Tensor, choose: Callable, blocksize: int = B
     Returns:
         (weights (rows, in) with exact zeros where removed, BoolTensor (rows, in) True = removed).
     """
-    T = W.t().contiguous()
+    T = W.t().clone(memory_format=torch.contiguous_format)
     removed = torch.zeros_like(T, dtype=torch.bool)
     diagonal = U.diagonal()
     for start in range(0, T.shape[0], blocksize):

@@ -172,7 +172,7 @@ def walk(model: nn.Module, calibrations: list[list[torch.Tensor]], visit: Callab
 
     Args:
         calibrations: one or more sets of calibration batches, each a list of LongTensors (b, seqlen); their Hessians stay apart.
-        visit: `visit(rows, hessians)` with rows = {name: float32 weight (out, in), a copy} and hessians = one float32 (in, in) per set;
+        visit: `visit(rows, hessians)` with rows = {name: float32 weight (out, in), a copy} and hessians = one Hessian per set;
             returns the new rows by name where `update` is set.
         update: let the updated block produce the inputs of the next one; otherwise every block sees what the dense model would give it.
         batch_size: sequences a forward pass; a matter of speed and memory only.
@@ -198,7 +198,7 @@ def walk(model: nn.Module, calibrations: list[list[torch.Tensor]], visit: Callab
         with _original_weights(linears) if update else contextlib.nullcontext():
             for names in sorted({names for found in hessians for names in found}):
                 rows = {n: as_rows(linears[n].weight.detach(), stored_transposed(linears[n])).float().clone() for n in names}
-                new = visit(rows, [found[names].mean() for found in hessians])
+                new = visit(rows, [found.get(names) or Hessian(rows[names[0]].shape[1], model.device) for found in hessians])
                 for n in names if update else ():
                     as_rows(linears[n].weight.data, stored_transposed(linears[n])).copy_(new[n])
             if update:

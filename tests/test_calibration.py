@@ -18,10 +18,12 @@ import pandas as pd
 import pytest
 import torch
 
-from dpruner import calibration
-from dpruner.calibration import CATALOGUE, CORPORA, HubDataset, builtin_domains, domain_label, fingerprint
-from dpruner.calibration import load_calibration, load_texts, token_windows, tokens_available
+from dpruner import calibration, files
+from dpruner import hub as catalogue
+from dpruner.calibration import CATALOGUE, CORPORA, builtin_domains, domain_label, fingerprint
+from dpruner.calibration import load_calibration, load_tasks, load_texts, token_windows, tokens_available
 from dpruner.errors import InputError
+from dpruner.hub import HubDataset
 
 REAL = Path(__file__).parents[2] / "shared" / "corpora"
 WORDS = dict.fromkeys(["general", "healthcare", "legal"], (6000, 1500)) | dict.fromkeys(["finance", "science", "code"], (3000, 1000))
@@ -45,14 +47,23 @@ def jsonl(rows: list[dict]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def refused(domain, *parts: str, **options) -> None:
-    """Asserts one InputError, of one line, that says all of `parts`."""
+def refused(domain, *parts: str, load=load_texts, **options) -> None:
+    """Asserts one InputError that is one sentence and says all of `parts`."""
     with pytest.raises(InputError) as error:
-        load_texts(str(domain), **options)
-    message = str(error.value)
-    assert "\n" not in message
+        load(str(domain), **options)
+    is_one_sentence(error.value)
     for part in parts:
-        assert part in message, message
+        assert part in str(error.value), error.value
+
+
+def is_one_sentence(error: InputError) -> None:
+    """Asserts "A statement: a clause; an instruction." on one line; what a library said stands in brackets and is its own affair."""
+    message, why = str(error), re.sub(r" \(.*\)$", "", error.why)
+    assert "\n" not in message and message.endswith(".") and not message.endswith(".."), message
+    assert re.match(r"(The|No|nsamples =) .*(is|was|has|can|cannot|could not)\b", error.what), message
+    assert re.match(r"[a-z]", why) and re.match(r"[a-z]", error.fix), message
+    for part in (error.what, why, error.fix):
+        assert not re.search(r"[.!] |[?;]|: |[.!,]$", part), message
 
 
 # ---- built-in ----
@@ -77,10 +88,19 @@ def _sentences(documents: list[str]) -> set[str]:
 
 @pytest.mark.parametrize("domain", ["healthcare", "legal"])
 def test_tasks_are_forty_answerable_items(domain):
-    items = [json.loads(line) for line in (CORPORA / domain / "tasks.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert len(items) == 40
-    assert len({item["id"] for item in items}) == 40
-    assert all(set(item) == {"id", "kind", "context", "question", "choices", "answer"} for item in items)
+    items = load_tasks(domain)
+    assert [item["id"] for item in items] == [f"{domain}-{number:03}" for number in range(1, 41)]
+    for item in items:
+        assert set(item) == {"id", "kind", "context", "question", "choices", "answer"}
+        assert isinstance(item["context"], str) and item["question"] and len(set(item["choices"])) == len(item["choices"])
+        assert len(item["choices"]) == 5 if item["kind"] == "five-choice" else item["choices"] == ["yes", "no", "maybe"]
+        assert item["choices"][item["answer"]] and item["answer"] >= 0
+    assert {item["kind"] for item in items} == {"five-choice", "yes-no-maybe"}
+
+
+@pytest.mark.parametrize("domain", ["finance", "c4", "notes.txt", "", "../corpora/legal"])
+def test_a_domain_without_tasks_is_refused(domain):
+    refused(domain, repr(domain), "has no tasks", "choose one of healthcare, legal", load=load_tasks)
 
 
 def test_builtin_domains_are_discovered_and_read_in_file_order(tmp_path, monkeypatch):
@@ -91,7 +111,7 @@ def test_builtin_domains_are_discovered_and_read_in_file_order(tmp_path, monkeyp
     assert builtin_domains() == ["ark", "zoo"]
     assert load_texts("zoo") == ["first", "second"]
     assert load_texts("zoo", limit=1) == ["first"]
-    refused("zoo", "zoo", "heldout", split="heldout")
+    refused("zoo", "'zoo' has no heldout texts", split="heldout")
 
 
 # ---- files of the user ----
@@ -157,8 +177,8 @@ def test_column(tmp_path):
     path = write(tmp_path / "rows.jsonl", jsonl(rows))
     assert load_texts(str(path)) == ["c0", "c1", "c2", "c3"]
     assert load_texts(str(path), column="question", split="heldout") == ["q4"]
-    refused(path, "answer", "question, Content, n", column="answer")
-    refused(path, '"n"', "int64", "question, Content", column="n")
+    refused(path, "The column 'answer'", "no such column", "choose one of question, Content.", column="answer")
+    refused(path, "The column 'n'", "int64", "choose one of question, Content.", column="n")
     refused(write(tmp_path / "two.csv", "a,b\nx,y\n"), "two.csv", "a, b", "say which")
     refused(write(tmp_path / "numbers.csv", "a,b\n1,2\n"), "none of its columns (a, b)")
     refused(write(tmp_path / "nested.jsonl", jsonl([{"text": ["a", "b"]}])), "none of its columns (text)")
@@ -169,14 +189,14 @@ def test_column(tmp_path):
     [
         ("empty.txt", "", "it is empty"),
         ("empty.parquet", "", "it is empty"),
-        ("blank.txt", " \n\t\n\n", "it holds no text"),
-        ("blank.txt.gz", "", "it holds no text"),
+        ("blank.txt", " \n\t\n\n", "No text was found"),
+        ("blank.txt.gz", "", "No text was found"),
         ("blank.csv", "text,n\n,1\n", "none of its columns"),
-        ("blank.jsonl", '{"text": "  "}\n', "it holds no text"),
+        ("blank.jsonl", '{"text": "  "}\n', "No text was found"),
         ("binary.txt", b"text\0text", "binary"),
         ("latin.txt", "caf\u00e9".encode("latin-1"), "not UTF-8"),
         ("cut.csv", "text\ncaf\u00e9".encode()[:-1], "not UTF-8"),
-        ("broken.txt.gz", None, "cannot be read"),
+        ("broken.txt.gz", None, "opening it failed (Not a gzipped file"),
         ("book.pdf", "text", ".txt, .md, .csv, .jsonl, .json, .parquet"),
         ("rows.parquet.gz", "text", "extension is not supported"),
         ("bad.csv", "text,n\na,1\nb,2,3,4\n", "Expected 2 fields in line 3, saw 4"),
@@ -218,24 +238,24 @@ def test_reading_leaves_no_cache_and_no_setting_behind_and_stays_off_the_network
 def test_a_tiny_file_calibrates_but_cannot_be_held_out(tmp_path, tokenizer):
     path = write(tmp_path / "tiny.txt", "Ten words are not enough to fill one whole sequence.")
     assert len(load_texts(str(path))) == 1
-    refused(path, "too little text to hold some out (1 pieces", split="heldout")
+    refused(path, "No text of", "can be held out", "takes 5 documents", "this has 1;", split="heldout")
     tokens = tokens_available(str(path), tokenizer)
-    with pytest.raises(InputError, match=rf'domain "tiny".*shorter than one sequence \({tokens} tokens, a sequence takes 128\); lower'):
-        load_calibration(str(path), tokenizer, nsamples=2, seqlen=128)
+    short = ("The calibration text of", "tiny.txt' is shorter than one sequence", f"{tokens} tokens and a sequence takes 128; lower seqlen")
+    refused(path, *short, load=load_calibration, tokenizer=tokenizer, nsamples=2, seqlen=128)
     assert load_calibration(str(path), tokenizer, nsamples=2, seqlen=tokens)[0].shape == (1, tokens)
 
 
 def test_folders_paths_splits_and_names_that_cannot_be_used(tmp_path):
     write(tmp_path / "picture.png", b"\0")
     refused(tmp_path, "no file in it can be used", ".jsonl")
-    refused(tmp_path / "gone.txt", "gone.txt", "no such file or folder")
-    refused("gone.csv", "no such file or folder")
-    refused("helthcare", "healthcare, legal", "c4, wikitext2", 'did you mean "healthcare"')
-    refused("PubMedQa", 'did you mean "pubmedqa"')
-    for name in ("", " ", "x" * 5000, "nul\0"):
-        refused(name, "hub catalogue")
-    refused("legal", '"test"', "calibration or heldout", split="test")
-    refused("legal", "limit 0", limit=0)
+    refused(tmp_path / "gone.txt", "The path", "gone.txt", "no file or folder of that name")
+    refused("gone.csv", "The path 'gone.csv' was not found")
+    refused("helthcare", "The domain 'helthcare' is not known", "healthcare, legal", "c4, wikitext2", "take 'healthcare' if that was meant")
+    refused("PubMedQa", "take 'pubmedqa'")
+    for name in ("", " ", "x" * 5000, "nul\0", "\n!\n"):
+        refused(name, "hub catalogue", "take one of these names")
+    refused("legal", "The split 'test'", "calibration or heldout", split="test")
+    refused("legal", "The limit 0", limit=0)
 
 
 def test_labels_are_file_names():
@@ -269,7 +289,7 @@ def hub(monkeypatch):
     stand_in = Hub()
     stand_in.calls = []
     monkeypatch.setattr(datasets, "load_dataset", stand_in.load)
-    monkeypatch.setattr(calibration, "_hub_reachable", lambda: True)
+    monkeypatch.setattr(catalogue, "_reachable", lambda: True)
     return stand_in
 
 
@@ -323,11 +343,11 @@ def test_gated_and_broken_hub_data_sets(hub):
     hub.error = ConnectionError("Couldn't reach 'allenai/c4' on the Hub")
     refused("c4", "cannot be reached")
     hub.error = ValueError("Unknown split.\nLong story.")
-    refused("c4", "it could not be read (Unknown split)")
+    refused("c4", "could not be loaded", "stopped (Unknown split)")
 
 
 def test_an_unreachable_hub_is_reported_at_once_and_changes_no_setting(monkeypatch):
-    monkeypatch.setattr(calibration, "_hub_reachable", lambda: False)
+    monkeypatch.setattr(catalogue, "_reachable", lambda: False)
     monkeypatch.setitem(CATALOGUE, "nowhere", HubDataset("nobody/no-such-data-set-of-this-name", None, "{text}", "none"))
     settings = [(huggingface_hub.constants, "HF_HUB_OFFLINE"), (datasets.config, "HF_HUB_OFFLINE")]
     settings += [(datasets.config, f"STREAMING_{step}_MAX_RETRIES") for step in ("OPEN", "READ")]
@@ -349,12 +369,12 @@ def test_reachability_is_one_short_question(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "get_session", Session)
-    assert not calibration._hub_reachable()
-    assert asked == [calibration.HUB_TIMEOUT]
+    assert not catalogue._reachable()
+    assert asked == [catalogue.TIMEOUT]
     monkeypatch.setattr(Session, "head", lambda *args, **options: "any answer")
-    assert calibration._hub_reachable()
+    assert catalogue._reachable()
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    assert not calibration._hub_reachable()
+    assert not catalogue._reachable()
 
 
 # ---- windows and batches ----
@@ -384,11 +404,13 @@ def test_overlapping_windows_use_every_token_equally_often(tokens, nsamples, seq
 
 
 def test_windows_refuse_what_cannot_be_cut():
-    with pytest.raises(InputError, match=r"shorter than one sequence \(7 tokens, a sequence takes 8\); lower seqlen to 7 or less"):
+    with pytest.raises(InputError, match="The text is shorter than one sequence: it has 7 tokens .* lower seqlen to 7 or less") as error:
         token_windows(torch.arange(7), 1, 8, seed=0)
+    is_one_sentence(error.value)
     for nsamples, seqlen in ((0, 8), (1, 0), (-1, 8)):
-        with pytest.raises(InputError, match="positive"):
+        with pytest.raises(InputError, match=f"nsamples = {nsamples} and seqlen = {seqlen} cannot be used") as error:
             token_windows(torch.arange(100), nsamples, seqlen, seed=0)
+        is_one_sentence(error.value)
 
 
 def test_documents_keep_their_borders_and_are_shuffled(tmp_path, tokenizer):
@@ -452,10 +474,13 @@ def test_real_texts(tokenizer):
     assert tokens_available(path, tokenizer) > 8 * 128
 
 
-def test_slow_and_foreign_libraries_are_not_imported_at_the_top():
-    tree = ast.parse(Path(calibration.__file__).read_text(encoding="utf-8"))
+@pytest.mark.parametrize(("module", "ours"), [
+    (calibration, {"torch", "dpruner", "dpruner.errors", "dpruner.hub", "dpruner.starter"}),
+    (catalogue, {"dpruner.errors", "dpruner.files"}),
+    (files, {"dpruner.errors"}),
+])
+def test_slow_libraries_are_not_imported_at_the_top_and_imports_point_one_way(module, ours):
+    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     imported = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
-    assert imported - set(sys.stdlib_module_names) - {"collections.abc"} == {"torch", "dpruner.errors"}
-    inside = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    assert "datasets" in inside and not inside & {"streamlit", "plotly"}
+    assert imported - set(sys.stdlib_module_names) - {"collections.abc"} == ours
