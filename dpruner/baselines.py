@@ -7,14 +7,14 @@ from torch import nn
 
 from dpruner.compensate import Compensated, compensated_walk
 from dpruner.general import release_cut, saliency
-from dpruner.masks import Scores, as_rows, require_sparsity
-from dpruner.model import prunable_linears, transposed_names
+from dpruner.masks import Scores, as_rows, precise, require_sparsity
+from dpruner.model import blank_scores, prunable_linears, transposed_names
 from dpruner.walk import Progress, quiet, walk
 
 
 def magnitude(model: nn.Module) -> Scores:
     """`|w|` of every prunable weight, float32, as stored."""
-    return Scores({n: m.weight.detach().float().abs() for n, m in prunable_linears(model).items()}, transposed_names(model))
+    return Scores({n: precise(m.weight.detach()).abs() for n, m in prunable_linears(model).items()}, transposed_names(model))
 
 
 def random(model: nn.Module, seed: int, salt: str = "") -> Scores:
@@ -30,23 +30,23 @@ def random(model: nn.Module, seed: int, salt: str = "") -> Scores:
     return Scores({n: draw(n, m.weight.shape).to(m.weight.device) for n, m in prunable_linears(model).items()}, transposed_names(model))
 
 
-def wanda(model: nn.Module, batches: list[torch.Tensor], *, batch_size: int = 8, progress: Progress = quiet) -> Scores:
+def wanda(model: nn.Module, batches: list[torch.Tensor], *, progress: Progress = quiet) -> Scores:
     """`|w| · ‖x‖₂`, the norm of each input over the calibration tokens; meant for granularity "row" (Sun et al., 2024).
 
     Inputs come from the dense model; the weights stay as they are.
     """
-    names = transposed_names(model)
-    scores = Scores({n: torch.zeros_like(m.weight, dtype=torch.float32) for n, m in prunable_linears(model).items()}, names)
+    scores = blank_scores(model)
+    names = scores.transposed
 
     def visit(rows, hessians):
         for name, W in rows.items():
             as_rows(scores[name], name in names).copy_(W.abs() * hessians[0].total.diagonal().sqrt())   # its diagonal is Σ x²
 
-    walk(model, [batches], visit, update=False, batch_size=batch_size, stage="wanda", progress=progress)
+    walk(model, [batches], visit, update=False, stage="wanda", progress=progress)
     return scores
 
 
-def sparsegpt(model: nn.Module, calibrations: list[list[torch.Tensor]], sparsity: float, *, batch_size: int = 8,
+def sparsegpt(model: nn.Module, calibrations: list[list[torch.Tensor]], sparsity: float, *,
               progress: Progress = quiet) -> Compensated:
     """SparseGPT (Frantar and Alistarh, 2023): the walk of section 2, keeping its mask and its updated weights.
 
@@ -58,4 +58,4 @@ def sparsegpt(model: nn.Module, calibrations: list[list[torch.Tensor]], sparsity
     def choose(name, W1, d, columns):
         return release_cut(saliency(W1, d), sparsity)
 
-    return compensated_walk(model, calibrations, choose, batch_size=batch_size, stage="sparsegpt", progress=progress)
+    return compensated_walk(model, calibrations, choose, stage="sparsegpt", progress=progress)

@@ -88,24 +88,25 @@ def _shown(default) -> str:
 
 def command_prune(args: argparse.Namespace) -> None:
     """`prune`: settings to run folder, then its table."""
-    config = settings(args)
+    earlier = _config_file(args.config) if args.config else {}
+    config = settings(args, earlier)
     config.check()
     from dpruner import pipeline, report   # torch and transformers are slow to import: bad settings are refused before
     with _quiet_libraries(), _watching() as watch:
         run = pipeline.run(config, runs=args.runs, cache=args.cache, watch=watch)
-    _warn_if_changed(args.config, run)
+    _warn_if_changed(args.config, earlier, run)
     result = report.summary(run)
     print(json.dumps(result, ensure_ascii=False)) if args.json else show(result, Console())
 
 
-def settings(args: argparse.Namespace) -> RunConfig:
-    """The config file's settings, then the options.
+def settings(args: argparse.Namespace, earlier: dict) -> RunConfig:
+    """The settings of an earlier run, then the options.
 
     Raises:
-        InputError: the file is missing, no JSON, or has settings that are not known.
+        InputError: the earlier run has settings that are not known.
     """
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(RunConfig) if getattr(args, f.name) is not None}
-    return RunConfig.from_dict({**(_config_file(args.config).get("config", {}) if args.config else {}), **given})
+    return RunConfig.from_dict({**earlier.get("config", {}), **given})
 
 
 def _config_file(path: str) -> dict:
@@ -120,14 +121,12 @@ def _config_file(path: str) -> dict:
     return data if "config" in data else {"config": data}
 
 
-def _warn_if_changed(path: str | None, run) -> None:
+def _warn_if_changed(path: str, earlier: dict, run) -> None:
     """Say so when a repeated run did not see the same model or text as the run it repeats."""
-    if not path:
-        return
-    earlier, now = _config_file(path), run.record
-    for what, then, here in [("model", earlier.get("model", {}).get("fingerprint"), now["model"]["fingerprint"]),
-                             *((f"calibration text of {label}", earlier.get("calibration", {}).get(label), f)
-                               for label, f in now["calibration"].items())]:
+    now = run.record
+    model, calibration = (part if isinstance(part := earlier.get(name), dict) else {} for name in ("model", "calibration"))
+    for what, then, here in [("model", model.get("fingerprint"), now["model"]["fingerprint"]),
+                             *((f"calibration text of {label}", calibration.get(label), f) for label, f in now["calibration"].items())]:
         if then and then != here:
             print(f"Not the same run: the {what} differs from that of {path}, so the masks may differ too.", file=sys.stderr)
 
@@ -214,8 +213,9 @@ def command_export(args: argparse.Namespace) -> None:
 @contextlib.contextmanager
 def _watching():
     """Bars on stderr that name stage, block and time left; yields what to call with a run's status."""
+    console = Console(stderr=True)
     with Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TextColumn("{task.fields[note]}"),
-                  TimeElapsedColumn(), console=Console(stderr=True), transient=True) as bars:
+                  TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal) as bars:
         whole = bars.add_task("loading model and text", total=None, note="")
         part = bars.add_task("", total=1, visible=False, note="")
 

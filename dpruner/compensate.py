@@ -23,7 +23,7 @@ class Compensated(NamedTuple):
     weights: dict[str, torch.Tensor]
 
 
-def compensated_walk(model: nn.Module, calibrations: list[list[torch.Tensor]], choose, *, batch_size: int = 8, stage: str = "compensation",
+def compensated_walk(model: nn.Module, calibrations: list[list[torch.Tensor]], choose, *, stage: str = "compensation",
                      progress: Progress = quiet) -> Compensated:
     """The walk of section 2 with any rule for what goes, keeping its mask and its updated weights.
 
@@ -44,7 +44,7 @@ def compensated_walk(model: nn.Module, calibrations: list[list[torch.Tensor]], c
             weights[name].copy_(as_rows(new[name], name in names))
         return new
 
-    walk(model, calibrations, visit, batch_size=batch_size, stage=stage, progress=progress)
+    walk(model, calibrations, visit, stage=stage, progress=progress)
     return Compensated(masks, weights)
 
 
@@ -59,7 +59,7 @@ def compensation_sets(general: list[torch.Tensor], domain: list[torch.Tensor], h
     return {"general": [general], "domain": [domain], "mix": [general, domain]}[hessian]
 
 
-def compensate_after(model: nn.Module, calibrations: list[list[torch.Tensor]], masks: Mapping[str, torch.Tensor], *, batch_size: int = 8,
+def compensate_after(model: nn.Module, calibrations: list[list[torch.Tensor]], masks: Mapping[str, torch.Tensor], *,
                      progress: Progress = quiet) -> Compensated:
     """`compensate="after"`: the mask is given; the walk only moves the kept weights.
 
@@ -71,7 +71,7 @@ def compensate_after(model: nn.Module, calibrations: list[list[torch.Tensor]], m
     def choose(name, W1, d, columns):
         return ~as_rows(masks[name].to(W1.device), name in names)[:, columns]
 
-    return compensated_walk(model, calibrations, choose, batch_size=batch_size, progress=progress)
+    return compensated_walk(model, calibrations, choose, progress=progress)
 
 
 def dual_saliency(W: torch.Tensor, diagonal: torch.Tensor, fisher: torch.Tensor, lam: float) -> torch.Tensor:
@@ -92,7 +92,7 @@ def relative(scores: torch.Tensor) -> torch.Tensor:
 
 
 def compensate_walk(model: nn.Module, calibrations: list[list[torch.Tensor]], fisher: Mapping[str, torch.Tensor], sparsity: float,
-                    lam: float = 1.0, *, batch_size: int = 8, progress: Progress = quiet) -> Compensated:
+                    lam: float = 1.0, *, progress: Progress = quiet) -> Compensated:
     """`compensate="walk"`: the dual score is taken inside the walk, from the weights as compensation has left them (METHOD section 4).
 
     Args:
@@ -108,7 +108,7 @@ def compensate_walk(model: nn.Module, calibrations: list[list[torch.Tensor]], fi
         scores = dual_saliency(W1, d, f, lam)
         return lowest(scores.reshape(1, -1), round(sparsity * scores.numel())).view(scores.shape)
 
-    return compensated_walk(model, calibrations, choose, batch_size=batch_size, progress=progress)
+    return compensated_walk(model, calibrations, choose, progress=progress)
 
 
 def mixed_fisher(fishers: list[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

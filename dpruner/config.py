@@ -49,7 +49,6 @@ class RunConfig:
     evaluate: bool = setting(True, "measure perplexity on held-out text")
     eval_seqlen: int | None = setting(None, "tokens per window of perplexity; default 2,048 or the model's maximum")
     eval_documents: int = setting(100, "held-out documents per domain, at most")
-    batch_size: int = setting(8, "sequences per forward pass; a matter of speed and memory")
     seed: int = setting(0, "of everything that is drawn")
     device: str | None = setting(None, "cpu, cuda, cuda:1, mps; default the best there is")
     dtype: str | None = setting(None, "float32, bfloat16, float16; default float32 on the CPU, as stored elsewhere")
@@ -57,7 +56,7 @@ class RunConfig:
     def __post_init__(self):
         for name in ("domains", "methods"):
             value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value)
 
     def check(self) -> None:
         """Refuse settings that cannot work.
@@ -84,18 +83,25 @@ class RunConfig:
                 twice = next(v for v in values if list(values).count(v) > 1)
                 raise InputError(f"The {name} {twice!r} stands twice", "its files would overwrite each other",
                                  f"name each {name} once" + (", or tell paths apart as label=path" if name == "domain" else ""))
+        open_label, open_source = split_domain(self.general)
+        if any(label == open_label and source != open_source for label, source in map(split_domain, self.domains)):
+            raise InputError(f"The open domain and a domain are both called {open_label!r}", "their texts differ, but tables tell them apart by name",
+                             "give one of them another name, as label=path")
         require_sparsity(self.sparsity)
         require_sparsity(self.general_sparsity)
         n_of_m = parse_granularity(self.granularity)
         if n_of_m and abs(self.sparsity - (1 - n_of_m[0] / n_of_m[1])) > 1e-9:
             raise InputError(f"The sparsity {self.sparsity} and the granularity {self.granularity} contradict each other",
                              f"{self.granularity} removes {1 - n_of_m[0] / n_of_m[1]:.4g} of the weights", "make them agree")
+        if n_of_m and self.sparsity_of == "model":
+            raise InputError(f"The granularity {self.granularity} cannot be a share of the whole model",
+                             f"it removes {1 - n_of_m[0] / n_of_m[1]:.4g} of the prunable weights, no more and no less", "use sparsity_of='prunable'")
         if self.granularity != "matrix" and ("sparsegpt" in self.methods or self.compensate == "walk"):
             raise InputError(f"The granularity {self.granularity!r} cannot be combined with a walk that prunes",
                              "sparsegpt and compensate='walk' take a threshold for each 128 columns of a matrix as they go",
                              "use granularity='matrix', or compensate='after'")
-        for name, least in (("nsamples", 1), ("seqlen", 2), ("batch_size", 1), ("epochs", 1), ("eval_documents", 1)):
-            if getattr(self, name) < least:
+        for name, least in (("nsamples", 1), ("seqlen", 2), ("epochs", 1), ("eval_documents", 1), ("eval_seqlen", 2), ("seed", 0)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise InputError(f"{name} = {getattr(self, name)} cannot be used", f"it is a count of {least} or more", "give a larger number")
         if self.lam is not None and not 0 <= self.lam < float("inf"):
             raise InputError(f"λ = {self.lam} cannot be used", "it weighs the general side and is 0 or more", "give a number such as 1")

@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from dpruner.errors import InputError
-from dpruner.masks import Scores
-from dpruner.model import prunable_linears, require_length, transposed_names
+from dpruner.masks import Scores, precise
+from dpruner.model import blank_scores, prunable_linears, require_length, transposed_names
 from dpruner.walk import Progress, quiet, stack
 
 ALPHA = 0.03              # learning rate of the published recipe, α of the penalty
 RELEASE_SCALE = 2.0**16   # fp16 loss scale that the authors' code leaves on its gradients
 RELEASE_COUNT = 1000      # constant by which it divides g²
+SMALLEST_PART = 2**18     # weights below which a gradient is not taken in parts
 HALF_SCALE = 2.0**10      # keeps small gradients of a float16 model from vanishing; divided out again
 DEFAULT_LAM = {"balanced": 1.0, "taylor": 1.0, "release": 0.1}
 
@@ -24,30 +25,33 @@ class Balanced:
     """`F = mean_j u_j²`, u = g·w: the expected increase of the domain loss for removing the weight; G joins in `balanced`."""
 
     def __init__(self, w: torch.Tensor, G: torch.Tensor, lam: float, alpha: float):
-        self.w, self.squares = w, torch.zeros_like(w, dtype=torch.float32)
+        self.w, self.squares = w, torch.zeros_like(precise(w))
 
-    def add(self, g: torch.Tensor) -> None:
-        self.squares.addcmul_(g, g)
+    def add(self, g: torch.Tensor, part: slice) -> None:
+        self.squares[part].addcmul_(g, g)
 
     def domain(self, count: int) -> torch.Tensor:
-        return self.squares.div_(count).mul_(self.w.float().square())
+        return self.squares.div_(count).mul_(precise(self.w).square())
 
 
 class Taylor:
     """`mean_j |u_j − ½ u_j²|`, u = g'·w, `g' = g + 2 λ α² G g h`, h the running mean of g² (the paper's equations)."""
 
     def __init__(self, w: torch.Tensor, G: torch.Tensor, lam: float, alpha: float):
-        self.w, self.penalty, self.batches = w, 2 * lam * alpha**2 * G, 0
-        self.squares, self.of_both, self.of_domain = (torch.zeros_like(w, dtype=torch.float32) for _ in range(3))
+        self.w, self.G, self.penalty, self.batches = w, G, 2 * lam * alpha**2, 0
+        self.squares, self.of_both, self.of_domain = (torch.zeros_like(precise(w)) for _ in range(3))
 
-    def add(self, g: torch.Tensor) -> None:
-        self.batches += 1
-        self.squares.addcmul_(g, g)
-        w = self.w.float()
-        h = self.squares / self.batches
-        for total, gradient in ((self.of_domain, g), (self.of_both, g + self.penalty * g * h)):
-            u = gradient * w
-            total.add_((u - u.square() / 2).abs_())
+    def add(self, g: torch.Tensor, part: slice) -> None:
+        self.batches += part.start == 0
+        self.squares[part].addcmul_(g, g)
+        u = g * self.w[part]
+        self._count(self.of_domain[part], u)
+        # g' = g (1 + 2 λ α² G h), so u' is u times the same factor
+        self._count(self.of_both[part], u.addcmul_(u, self.squares[part] * self.G[part], value=self.penalty / self.batches))
+
+    @staticmethod
+    def _count(total: torch.Tensor, u: torch.Tensor) -> None:
+        total.add_(torch.addcmul(u, u, u, value=-0.5).abs_())
 
     def domain(self, count: int) -> torch.Tensor:
         return self.of_domain.div_(count)
@@ -63,16 +67,20 @@ class Release:
     """
 
     def __init__(self, w: torch.Tensor, G: torch.Tensor, lam: float, alpha: float):
-        self.w, self.penalty = w, lam * 2 * alpha**2 * G / RELEASE_COUNT
-        self.of_both, self.of_domain = (torch.zeros_like(w, dtype=torch.float32) for _ in range(2))
+        self.w, self.G, self.penalty = w, G, lam * 2 * alpha**2 / RELEASE_COUNT
+        self.of_both, self.of_domain = (torch.zeros_like(precise(w)) for _ in range(2))
 
-    def add(self, g: torch.Tensor) -> None:
+    def add(self, g: torch.Tensor, part: slice) -> None:
         g = g * RELEASE_SCALE
-        w = self.w.float()
-        cube = w**3
-        for total, gradient in ((self.of_domain, g), (self.of_both, g + self.penalty * g.square())):
-            u = gradient * w
-            total.add_((u + u.square() / (2 * RELEASE_COUNT) + cube).abs_())
+        w = precise(self.w[part])
+        u = g * w
+        self._count(self.of_domain[part], u, w)
+        self._count(self.of_both[part], u.addcmul_(u, g.mul_(self.G[part]), value=self.penalty), w)   # g' = g (1 + penalty · G · g)
+
+    @staticmethod
+    def _count(total: torch.Tensor, u: torch.Tensor, w: torch.Tensor) -> None:
+        score = torch.addcmul(u, u, u, value=1 / (2 * RELEASE_COUNT))
+        total.add_(score.add_(w**3).abs_())
 
     def domain(self, count: int) -> torch.Tensor:
         return self.of_domain
@@ -118,7 +126,7 @@ class DomainImportance:
 def next_token_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of the next token in nats, a scalar, for ids (b, seqlen)."""
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+    return F.cross_entropy(precise(logits.flatten(0, 1)), ids[:, 1:].flatten())
 
 
 @contextlib.contextmanager
@@ -193,13 +201,19 @@ def _loss_scale(model) -> float:
     return HALF_SCALE if model.dtype == torch.float16 else 1.0
 
 
-def stream_gradients(model: nn.Module, batches: list[torch.Tensor], consume: Callable[[str, torch.Tensor], None], *, stage: str,
+def parts_of(shape: torch.Size, largest: int) -> list[slice]:
+    """Runs of rows of a weight, so that what is computed on a gradient takes little memory beside it: a sixteenth of the largest weight each."""
+    size = max(1, max(largest // 16, SMALLEST_PART) // (shape.numel() // shape[0]))
+    return [slice(start, min(start + size, shape[0])) for start in range(0, shape[0], size)]
+
+
+def stream_gradients(model: nn.Module, batches: list[torch.Tensor], consume: Callable[[str, torch.Tensor, slice], None], *, stage: str,
                      progress: Progress = quiet) -> list[float]:
     """Hand over the gradient of every prunable weight on every batch, never keeping more than about one of them.
 
     Args:
         batches: LongTensors (b, seqlen); each gives one gradient of its mean next-token loss.
-        consume: `consume(name, g)` with g float32, as stored.
+        consume: `consume(name, g, part)` with g the float32 gradient of the rows `part` of the weight as stored; it may be overwritten.
 
     Returns:
         The batches' losses, in nats.
@@ -210,18 +224,26 @@ def stream_gradients(model: nn.Module, batches: list[torch.Tensor], consume: Cal
     if not batches:
         raise InputError("There is nothing to calibrate on", "the list of batches is empty", "load at least one sequence")
     require_length(model, max(b.shape[1] for b in batches))
-    scale = _loss_scale(model)
+    linears = prunable_linears(model)
+    take = _by_parts(linears, consume, _loss_scale(model))
     losses = []
-
-    def take(name, g):
-        consume(name, g.float() / scale if scale != 1 else g.float())
-
-    with _frozen(model), consumed_gradients({n: m.weight for n, m in prunable_linears(model).items()}, take):
+    with _frozen(model), consumed_gradients({n: m.weight for n, m in linears.items()}, take):
         for number, ids in enumerate(batches, 1):
             progress(stage, number - 1, len(batches))
             losses.append(_backward(model, ids.to(model.device), number))
     progress(stage, len(batches), len(batches))
     return losses
+
+
+def _by_parts(linears, consume, scale: float):
+    """`consume` for whole gradients in the model's precision, multiplied by the loss scale."""
+    largest = max(m.weight.numel() for m in linears.values())
+    parts = {n: parts_of(m.weight.shape, largest) for n, m in linears.items()}
+
+    def take(name, g):
+        for part in parts[name]:
+            consume(name, precise(g[part]) if scale == 1 else precise(g[part]).div_(scale), part)
+    return take
 
 
 def _tune_and_stream(model, batches, consume, tune: FineTune, *, stage, progress) -> list[float]:
@@ -230,6 +252,7 @@ def _tune_and_stream(model, batches, consume, tune: FineTune, *, stage, progress
     trainable = dict(model.named_parameters())
     prunable = prunable_linears(model)
     scale = _loss_scale(model)
+    take = _by_parts(prunable, consume, scale)
     losses = []
     with _restored(model):
         for step, ids in enumerate(batches):
@@ -237,10 +260,9 @@ def _tune_and_stream(model, batches, consume, tune: FineTune, *, stage, progress
             squares = []
 
             def measure(name, g):
-                g = g.float() / scale
-                squares.append(g.square().sum())
+                squares.append((precise(g).norm() / scale).square())
                 if name in prunable:
-                    consume(name, g)
+                    take(name, g)
 
             ids = ids.to(model.device)
             with consumed_gradients(trainable, measure):
@@ -311,8 +333,8 @@ def domain_importance(model: nn.Module, batches: list[torch.Tensor], G: Mapping[
     alpha = finetune.lr if finetune else alpha
     accumulators = {n: FORMULAS[formula](m.weight.data, G[n].to(m.weight.device), lam, alpha) for n, m in linears.items()}
 
-    def consume(name, g):
-        accumulators[name].add(g)
+    def consume(name, g, part):
+        accumulators[name].add(g, part)
 
     stage = "domain importance"
     if finetune:
@@ -340,8 +362,8 @@ def fisher_diagonal(model: nn.Module, batches: list[torch.Tensor], *, stage: str
     Returns:
         Scores, float32, shaped as stored.
     """
-    squares = Scores({n: torch.zeros_like(m.weight, dtype=torch.float32) for n, m in prunable_linears(model).items()}, transposed_names(model))
-    losses = stream_gradients(model, batches, lambda name, g: squares[name].addcmul_(g, g), stage=stage, progress=progress)
+    squares = blank_scores(model)
+    losses = stream_gradients(model, batches, lambda name, g, part: squares[name][part].addcmul_(g, g), stage=stage, progress=progress)
     for s in squares.values():
         s.div_(len(losses))
     return squares

@@ -51,7 +51,7 @@ def windows(length: int, seqlen: int, stride: int) -> list[tuple[int, int, int]]
     while done < length:
         stop = min(start + seqlen, length)
         spans.append((start, stop, done))
-        done, start = stop, start + stride
+        done, start = stop, min(start + stride, stop - 1)   # a token is predicted from at least the one before it
     return spans
 
 
@@ -73,12 +73,13 @@ def perplexity(model: nn.Module, tokenizer, texts: list[str], seqlen: int | None
     Raises:
         InputError: no text to predict, a window longer than the model allows, or a stride outside 1..seqlen.
     """
-    limit = max_length(model) or 2048
-    seqlen = min(2048, limit) if seqlen is None else seqlen
+    limit = max_length(model)
+    seqlen = min(2048, limit or 2048) if seqlen is None else seqlen
     stride = max(1, min(512, seqlen // 2)) if stride is None else stride
-    if not 2 <= seqlen <= limit or not 1 <= stride <= seqlen:
-        raise InputError(f"Windows of {seqlen} tokens every {stride} cannot be evaluated", f"the model takes 2 to {limit} tokens and the stride fits into a window",
-                         f"choose seqlen from 2 to {limit} and stride from 1 to seqlen")
+    if not 2 <= seqlen <= (limit or seqlen) or not 1 <= stride <= seqlen:
+        allowed = f"2 to {limit}" if limit else "2 or more"
+        raise InputError(f"Windows of {seqlen} tokens every {stride} cannot be evaluated", f"the model takes {allowed} tokens and the stride fits into a window",
+                         f"choose a seqlen of {allowed} and a stride from 1 to seqlen")
     pieces = []
     for text in texts:
         ids = torch.tensor(tokenizer(text, verbose=False).input_ids)

@@ -5,13 +5,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 
 from dpruner.config import RunConfig, split_domain
 from dpruner.errors import InputError
 from dpruner.masks import pruned
-from dpruner.model import count_weights, fingerprint, load_model
+from dpruner.model import count_weights, fingerprint, load_model, stored_precision
 from dpruner.store import Run, open_run, write_masks
 
 MASK_FILE = "dpruner_mask.safetensors"
@@ -42,17 +41,18 @@ def export(run: Run | str | Path, method: str, domain: str, to: str | Path) -> P
                          "choose one of these")
     record = run.record
     config = RunConfig.from_dict(record["config"])
-    model, tokenizer = load_model(config.model, revision=record["model"]["commit"] or config.revision, device="cpu", dtype=record["device"]["precision"])
+    revision = record["model"]["commit"] or config.revision
+    model, tokenizer = load_model(config.model, revision=revision, device="cpu", dtype=record["device"]["precision"])
     if fingerprint(model) != record["model"]["fingerprint"]:
         raise InputError(f"The model {config.model!r} is not the one that was pruned", "its weights have changed since the run",
                          "restore the model, or run again")
     masks, weights = run.masks(method, domain), run.weights(method, domain)
-    stored = stored_precision(config, model)
+    stored = stored_precision(config.model, revision)
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{to.name}.", dir=to.parent) as scratch:
         folder = Path(scratch) / "model"
         with pruned(model, masks, weights):
-            model.to(stored).save_pretrained(folder)
+            model.to(stored).save_pretrained(folder)   # in the precision it came in: no larger, and kept weights bit for bit
         tokenizer.save_pretrained(folder)
         write_masks(folder / MASK_FILE, masks)
         zeros = verify(folder, masks)
@@ -62,11 +62,6 @@ def export(run: Run | str | Path, method: str, domain: str, to: str | Path) -> P
             to.rmdir()
         shutil.move(folder, to)
     return to
-
-
-def stored_precision(config: RunConfig, model) -> torch.dtype:
-    """The precision of the original checkpoint, so that an export is no larger than what it came from."""
-    return getattr(model.config, "dtype", None) or model.dtype
 
 
 def verify(folder: Path, masks) -> int:

@@ -6,7 +6,7 @@ from torch import nn
 from dpruner.errors import InputError
 from dpruner.hessian import dampen, dead_inputs, factor
 from dpruner.masks import Scores, as_rows, require_sparsity
-from dpruner.model import prunable_linears, transposed_names
+from dpruner.model import blank_scores
 from dpruner.obs import BLOCKSIZE, sweep
 from dpruner.walk import Progress, quiet, walk
 
@@ -63,15 +63,14 @@ def sweep_group(rows: dict[str, torch.Tensor], H: torch.Tensor, choose, blocksiz
 
 
 def general_importance(model: nn.Module, batches: list[torch.Tensor], sparsity: float = SPARSITY, mode: str = "sequential", *,
-                       batch_size: int = 8, progress: Progress = quiet) -> Scores:
+                       progress: Progress = quiet) -> Scores:
     """G of every prunable weight: `W² / diag(U)²`, with W as the compensation so far has left it (METHOD section 2).
 
     Args:
         model: a decoder; its weights are untouched afterwards.
-        batches: open-domain calibration, LongTensors (b, seqlen).
+        batches: open-domain calibration, LongTensors (b, seqlen); how they are batched changes no bit.
         sparsity: the general sparsity at which the walk prunes while it scores.
         mode: "sequential" (every block sees inputs made by pruned blocks) or "static" (one pass, nothing is updated).
-        batch_size: sequences a forward pass; changes the result by rounding only.
         progress: called with ("general importance", blocks done, blocks).
 
     Returns:
@@ -83,8 +82,8 @@ def general_importance(model: nn.Module, batches: list[torch.Tensor], sparsity: 
     require_sparsity(sparsity)
     if mode not in ("sequential", "static"):
         raise InputError(f"The mode {mode!r} is not known", "general importance has two", "choose 'sequential' or 'static'")
-    names = transposed_names(model)
-    G = Scores({n: torch.zeros_like(m.weight, dtype=torch.float32) for n, m in prunable_linears(model).items()}, names)
+    G = blank_scores(model)
+    names = G.transposed
 
     def sequential(rows, hessians):
         def choose(name, W1, d, columns):
@@ -101,5 +100,5 @@ def general_importance(model: nn.Module, batches: list[torch.Tensor], sparsity: 
             as_rows(G[name], name in names).copy_(saliency(W, diagonal))
 
     visit = sequential if mode == "sequential" else static
-    walk(model, [batches], visit, update=mode == "sequential", batch_size=batch_size, stage="general importance", progress=progress)
+    walk(model, [batches], visit, update=mode == "sequential", stage="general importance", progress=progress)
     return G

@@ -2,6 +2,8 @@
 
 import torch
 
+from dpruner.masks import precise
+
 DAMPING = 0.01
 
 
@@ -10,21 +12,25 @@ class Hessian:
 
     Args:
         columns: width of the inputs.
-        device: where the sum lives. It is float32 (in, in).
+
+    Attributes:
+        total: Σ x xᵀ (in, in), float32 (float64 for float64 inputs), on the device of the inputs.
+        count: tokens.
     """
 
-    def __init__(self, columns: int, device: torch.device | str = "cpu"):
-        self.total = torch.zeros(columns, columns, device=device)
+    def __init__(self, columns: int):
+        self.total = torch.zeros(columns, columns)
         self.count = 0
 
     def add(self, x: torch.Tensor) -> None:
         """Add inputs of shape (..., in), any precision."""
-        x = x.detach().reshape(-1, x.shape[-1]).to(self.total)
+        x = precise(x.detach().reshape(-1, x.shape[-1]))
+        self.total = self.total.to(x)
         self.total.addmm_(x.t(), x)
         self.count += x.shape[0]
 
     def mean(self) -> torch.Tensor:
-        """H, float32 (in, in)."""
+        """H (in, in)."""
         return self.total * (2 / max(self.count, 1))
 
 
@@ -51,7 +57,7 @@ def factor(H: torch.Tensor) -> torch.Tensor:
     """Upper Cholesky factor U (in, in) of the inverse: `H⁻¹ = Uᵀ U`.
 
     `H = V Vᵀ` with V upper triangular is a Cholesky factorisation read backwards, and `U = V⁻¹`: the inverse itself is never formed. Computed in
-    float64, because the smallest eigenvalues decide, and returned as float32.
+    float64, because the smallest eigenvalues decide, and returned in the precision of H.
 
     Raises:
         torch.linalg.LinAlgError: H is not positive definite.

@@ -27,6 +27,11 @@ class Scores(dict):
         self.transposed = frozenset(transposed)
 
 
+def precise(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in the precision that scores are computed in: float32, and float64 where it is that already."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def as_rows(tensor: torch.Tensor, transposed: bool) -> torch.Tensor:
     """A view (out, in) of a tensor shaped as stored; its own inverse. The one boundary where Conv1D differs."""
     return tensor.t() if transposed else tensor
@@ -96,7 +101,7 @@ def _removed(scores: torch.Tensor, sparsity: float, granularity: str, hidden: in
 
 
 def _ordered(scores: torch.Tensor) -> torch.Tensor:
-    """int64 keys in 0..2³²-1 in the order of the float32 scores (flat): the bits of a float are sorted once negatives are flipped."""
+    """int64 keys in 0..2³²-1 in the order of the float32 scores (flat; float64 is rounded): the bits of a float are sorted once negatives are flipped."""
     bits = (scores.reshape(-1).float() + 0.0).view(torch.int32)   # + 0.0 makes -0.0 and 0.0 one value
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64) + 2**31
 

@@ -4,21 +4,26 @@ Nothing here knows a family by name. The blocks are the one `ModuleList` of the 
 is every `nn.Linear` or `Conv1D` inside them.
 """
 
+import contextlib
 import hashlib
+import math
+from collections import Counter
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from dpruner import starter
+from dpruner import hub, starter
 from dpruner.errors import InputError
-from dpruner.masks import as_rows
+from dpruner.masks import Scores, as_rows, precise
 
 STARTER = "starter"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}   # as safetensors calls them
 
 
 def pick_device(device: str | None = None) -> torch.device:
@@ -58,11 +63,14 @@ def load_model(name: str = STARTER, *, revision: str | None = None, device: str 
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise InputError(f"The precision {dtype!r} is not known", "weights are kept in one of three precisions", f"choose one of {', '.join(DTYPES)}")
     dtype = DTYPES.get(dtype, dtype) or (torch.float32 if device.type == "cpu" else "auto")
-    source = str(starter.PATH) if name == STARTER else name
-    config = _load_config(name, source, revision)
-    tokenizer = _guarded(name, lambda: AutoTokenizer.from_pretrained(source, revision=revision))
-    model, info = _guarded(name, lambda: AutoModelForCausalLM.from_pretrained(
-        source, revision=revision, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True))
+    source = _source(name)
+    where = {"revision": revision, "trust_remote_code": False}   # left out, transformers would ask on the terminal, and take "y" from a pipe
+    _require_files(name, source)
+    with contextlib.nullcontext() if _is_folder(source) else hub._impatient_hub():
+        config = _load_config(name, source, where)
+        tokenizer = _guarded(name, lambda: AutoTokenizer.from_pretrained(source, **where))
+        model, info = _guarded(name, lambda: AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **where))
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise InputError(f"The model {name!r} is incomplete", f"{len(missing)} of its weights are not in its files, {missing[0]} first",
@@ -78,17 +86,47 @@ def load_model(name: str = STARTER, *, revision: str | None = None, device: str 
     return model, tokenizer
 
 
-def _load_config(name, source, revision):
-    if Path(source).is_dir():
+def _source(name: str) -> str:
+    return str(starter.PATH) if name == STARTER else name
+
+
+def _is_folder(source: str) -> bool:
+    with contextlib.suppress(OSError):   # a name longer than the file system allows
+        return Path(source).is_dir()
+    return False
+
+
+def stored_precision(name: str, revision: str | None = None) -> torch.dtype:
+    """The precision of a checkpoint that has been loaded before: that of most weights in its files, whatever it was loaded as.
+
+    Args:
+        name, revision: as `load_model` takes them.
+    """
+    from huggingface_hub import snapshot_download
+    source = _source(name)
+    folder = Path(source) if _is_folder(source) else Path(snapshot_download(source, revision=revision, local_files_only=True))
+    weights = Counter()
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for part in map(file.get_slice, file.keys()):
+                weights[part.get_dtype()] += math.prod(part.get_shape())
+    return STORED[max(STORED, key=lambda code: weights[code])]
+
+
+def _require_files(name, source):
+    if _is_folder(source):
         if not (Path(source) / "config.json").is_file():
             raise InputError(f"The folder {name!r} holds no model", "it has no config.json",
                              "give a folder written by save_pretrained, or 'starter' for the embedded model")
         if not any(Path(source).glob("*.safetensors")):
             raise InputError(f"The folder {name!r} holds no weights", "there is no .safetensors file in it, and other formats can run code when read",
                              "save the model with save_pretrained(..., safe_serialization=True)")
-    elif Path(source).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    elif len(name) > 255 or Path(source).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise InputError(f"The model {name!r} was not found", "there is no folder of that name", "check the path, or give 'starter' or a hub id")
-    config = _guarded(name, lambda: AutoConfig.from_pretrained(source, revision=revision))
+
+
+def _load_config(name, source, where):
+    config = _guarded(name, lambda: AutoConfig.from_pretrained(source, **where))
     if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping:
         raise InputError(f"The model {name!r} cannot be pruned here", f"{config.model_type} is not a decoder that predicts the next token",
                          "choose a causal language model such as Llama, Mistral, Qwen or GPT-2")
@@ -106,13 +144,18 @@ def _guarded(name, load):
         while link is not None and link not in chain:
             chain.append(link)
             link = link.__cause__ or link.__context__
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        first = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
         if any(isinstance(e, GatedRepoError) for e in chain) or "gated repo" in str(error):
             why, fix = "it is gated and needs permission", "accept its licence on its page and log in with `hf auth login`"
         elif any(isinstance(e, RevisionNotFoundError) for e in chain):
             why, fix = "that revision does not exist", "give a branch, tag or commit of its page"
         elif any(isinstance(e, RepositoryNotFoundError | HFValidationError) for e in chain):
             why, fix = "no model of that name is on the hub or on this disk", "check the spelling, give a local folder, or 'starter'"
+        elif "instantiate the backend tokenizer" in first:
+            why, fix = "it has no tokenizer", "put the tokenizer that the model was trained with into its folder"
+        elif "ignore_mismatched_sizes" in first:
+            why, fix = "its files hold weights of other shapes than its config.json says", "give the config and the weights of one and the same model"
         elif "trust_remote_code" in str(error):
             why, fix = "it wants to run its own code, which is never allowed here", "choose a model of an architecture that transformers knows"
         elif any(isinstance(e, ConnectionError | TimeoutError | OSError) for e in chain) and not Path(name).exists() and name != STARTER:
@@ -193,6 +236,12 @@ def transposed_names(model: nn.Module) -> frozenset[str]:
     return frozenset(n for n, m in prunable_linears(model).items() if stored_transposed(m))
 
 
+def blank_scores(model: nn.Module) -> Scores:
+    """Zeros for every prunable weight, to be filled: Scores in float32, or float64 for a float64 model."""
+    linears = prunable_linears(model)
+    return Scores({n: torch.zeros_like(precise(m.weight.detach())) for n, m in linears.items()}, transposed_names(model))
+
+
 def heads_of(model: nn.Module) -> dict[str, tuple[str, int]]:
     """Where attention heads lie in the prunable weights.
 
@@ -235,15 +284,18 @@ def max_length(model: nn.Module) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def require_length(model: nn.Module, seqlen: int) -> None:
+def require_length(model: nn.Module, seqlen: int, setting: str = "seqlen") -> None:
     """Refuse sequences the model has no positions for.
+
+    Args:
+        setting: what the user calls this length.
 
     Raises:
         InputError: seqlen exceeds the model's maximum.
     """
     limit = max_length(model)
     if limit and seqlen > limit:
-        raise InputError(f"Sequences of {seqlen} tokens are too long", f"the model was built for at most {limit}", f"set seqlen to {limit} or less")
+        raise InputError(f"Sequences of {seqlen} tokens are too long", f"the model was built for at most {limit}", f"set {setting} to {limit} or less")
 
 
 def require_finite(model: nn.Module) -> None:

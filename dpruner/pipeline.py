@@ -20,7 +20,7 @@ from dpruner.errors import InputError
 from dpruner.evaluate import Estimate, perplexity
 from dpruner.general import general_importance
 from dpruner.masks import Scores, jaccard, jaccard_floor, make_masks, pruned, rank_bins, sparsity_of
-from dpruner.model import count_weights, fingerprint, load_model, skipped_weights
+from dpruner.model import count_weights, fingerprint, load_model, require_length, skipped_weights
 from dpruner.stats import matrix_stats
 from dpruner.status import Status
 from dpruner.store import Run
@@ -49,6 +49,8 @@ def run(config: RunConfig, *, runs: str | Path = "runs", cache: str | Path = "ca
     """
     config.check()
     model, tokenizer = load_model(config.model, revision=config.revision, device=config.device, dtype=config.dtype)
+    require_length(model, config.seqlen)
+    require_length(model, config.eval_seqlen or 0, "eval_seqlen")
     texts = Texts(config, tokenizer)
     sparsity = prunable_sparsity(config, model)
 
@@ -157,9 +159,9 @@ def cached(folder: Path, kind: str, key: Mapping, compute) -> Scores:
 def cached_general_importance(config: RunConfig, model, texts: Texts, cache: Path, status: Status) -> Scores:
     """G for the run, shared with every other run of the same model, calibration and settings."""
     key = {"model": fingerprint(model), "calibration": calibration.fingerprint(texts.general), "mode": config.general_mode,
-           "sparsity": config.general_sparsity, "batch_size": config.batch_size, "device": model.device.type, "torch": version("torch")}
+           "sparsity": config.general_sparsity, "device": model.device.type, "torch": version("torch")}
     return cached(cache, "general", key, lambda: general_importance(
-        model, texts.general, config.general_sparsity, config.general_mode, batch_size=config.batch_size, progress=status.step))
+        model, texts.general, config.general_sparsity, config.general_mode, progress=status.step))
 
 
 def score_domain(config: RunConfig, model, batches, G: Scores, status: Status) -> DomainImportance:
@@ -181,26 +183,25 @@ def score(method: str, config: RunConfig, model, texts: Texts, label: str, S: Do
         return baselines.random(model, config.seed, label)
     if method == "wanda":
         batches = sum(texts.sets(label, config.baseline_calibration), [])
-        return baselines.wanda(model, batches, batch_size=config.batch_size, progress=status.step)
+        return baselines.wanda(model, batches, progress=status.step)
     return None
 
 
 def prune(method: str, config: RunConfig, model, texts: Texts, label: str, scores: Scores | None, sparsity: float, general_fisher,
           status: Status) -> Compensated:
     """Mask and weights of a method; the weights are None where the kept ones stay as they are."""
-    how = {"batch_size": config.batch_size, "progress": status.step}
     if method == "sparsegpt":
-        return baselines.sparsegpt(model, texts.sets(label, config.baseline_calibration), sparsity, **how)
+        return baselines.sparsegpt(model, texts.sets(label, config.baseline_calibration), sparsity, progress=status.step)
     sets = texts.sets(label, config.hessian)
     if method == "dpruner" and config.compensate == "walk":
         fisher = fisher_diagonal(model, texts.domains[label], stage="domain fisher", progress=status.step)
         fisher = mixed_fisher([fisher, general_fisher]) if general_fisher is not None else fisher
-        return compensate_walk(model, sets, fisher, sparsity, 1.0 if config.lam is None else config.lam, **how)
+        return compensate_walk(model, sets, fisher, sparsity, 1.0 if config.lam is None else config.lam, progress=status.step)
     # Wanda compares the weights of one output with each other; its scores mean little across outputs
     granularity = "row" if method == "wanda" and config.granularity == "matrix" else config.granularity
     masks = make_masks(scores, None if ":" in granularity else sparsity, granularity)
     if config.compensate == "after":
-        return compensate_after(model, sets, masks, **how)
+        return compensate_after(model, sets, masks, progress=status.step)
     return Compensated(masks, None)
 
 
@@ -233,7 +234,7 @@ def evaluated(config: RunConfig, model, tokenizer, texts: Texts, method: str, la
     found = []
     with pruned(model, kept.masks if kept else {}, kept.weights if kept else None):
         for text in dict.fromkeys((label, texts.open_label)) if config.evaluate else ():
-            e: Estimate = perplexity(model, tokenizer, texts.heldout[text], config.eval_seqlen, batch_size=config.batch_size, seed=config.seed,
+            e: Estimate = perplexity(model, tokenizer, texts.heldout[text], config.eval_seqlen, seed=config.seed,
                                      stage="evaluation", progress=status.step)
             found.append((method, label, text, "perplexity", float(e), e.low, e.high, e.n))
     return rows(*found)

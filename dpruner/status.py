@@ -11,6 +11,8 @@ from dpruner.errors import InputError
 from dpruner.store import write_json
 
 EVERY = 0.25   # seconds between two writes
+FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "your share of the disk is full", errno.EFBIG: "a file may not grow that large here"}
+REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
 
 
 class Status:
@@ -33,21 +35,19 @@ class Status:
         self.stage, self.done, self.total = "starting", 0, 1
 
     def __enter__(self) -> "Status":
-        self._write("running")
+        try:
+            self._write("running")
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self.path.parent.rmdir()   # it holds nothing yet
+            raise self._explained(error) or error
         return self
 
     def __exit__(self, kind, error, trace) -> None:
         if error is None:
             self._write("done")
             return
-        problem = None
-        if isinstance(error, InputError):
-            problem = error
-        elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            problem = InputError(f"The run could not be written to {self.path.parent}", "the disk is full", "free some space and run it again")
-        elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-            problem = InputError("The run needs more memory than there is", str(error).splitlines()[0].rstrip(".") if str(error) else "out of memory",
-                                 "lower batch_size or seqlen, or choose a smaller precision or another device")
+        problem = self._explained(error)
         cancelled = isinstance(error, KeyboardInterrupt)
         said = problem or InputError(f"The run stopped in the stage {self.stage!r}", f"{kind.__name__}: {error}".rstrip(".: "),
                                      "report it with its settings")
@@ -56,6 +56,19 @@ class Status:
                         {"what": said.what, "why": said.why, "what to do": said.fix})
         if problem is not None and problem is not error:
             raise problem from error
+
+    def _explained(self, error: BaseException) -> InputError | None:
+        """What a user can mend, in words; None for a fault of this program."""
+        if isinstance(error, InputError):
+            return error
+        if isinstance(error, OSError) and error.errno in FULL:
+            return InputError(f"The run could not be written to {self.path.parent}", FULL[error.errno], "free some space and run it again")
+        if isinstance(error, OSError) and error.errno in REFUSED and error.filename:
+            return InputError(f"The run could not write {str(error.filename)!r}", str(error.strerror).lower(), "mend it, or name another folder")
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            return InputError("The run needs more memory than there is", str(error).splitlines()[0].rstrip(".") if str(error) else "out of memory",
+                              "lower seqlen, or choose a smaller precision or another device")
+        return None
 
     def step(self, stage: str, done: int, total: int) -> None:
         """Some steps of a stage are done; with `done` = 0 it begins, and the plan moves on to its next stage of that name."""

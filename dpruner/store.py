@@ -40,22 +40,31 @@ def write_json(path: Path, data) -> None:
         temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path):
+def read_json(path: Path) -> dict:
     """
     Raises:
         InputError: the file is missing or damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"The file {path} was not found", "the run folder is incomplete or was deleted", "check the name of the run") from None
     except (ValueError, OSError) as error:
         raise _damaged(path) from error
+    if not isinstance(data, dict):
+        raise _damaged(path)
+    return data
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
     with replacing(path) as temporary:
-        save_file({n: t.detach().contiguous() for n, t in tensors.items()}, temporary, dict(metadata or {}))
+        try:
+            save_file({n: t.detach().contiguous() for n, t in tensors.items()}, temporary, dict(metadata or {}))
+        except SafetensorError as error:
+            code = re.search(r"\(os error (\d+)\)", str(error))   # it hides the system's reason, such as a full disk, in its text
+            if code:
+                raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+            raise
 
 
 def read_tensors(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
@@ -210,9 +219,13 @@ def new_run(root: str | Path, name: str) -> Run:
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
         folder = Path(root) / f"{stamp}-{safe}{suffix}"
-        with contextlib.suppress(FileExistsError):
+        try:
             folder.mkdir(parents=True)
             return Run(folder)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise InputError(f"No run folder can be made in {str(root)!r}", str(error.strerror).lower(), "name another folder for the runs") from error
     raise InputError(f"No run folder could be made in {root}", "a thousand runs started in this second", "try again")
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from dpruner.errors import InputError
 from dpruner.hessian import Hessian
-from dpruner.masks import as_rows
+from dpruner.masks import as_rows, precise
 from dpruner.model import decoder_blocks, linears_of, require_length, stored_transposed
 
 
@@ -17,16 +17,19 @@ def first(output):
     return output[0] if isinstance(output, tuple) else output
 
 
-def stack(batches: list[torch.Tensor], batch_size: int) -> list[torch.Tensor]:
-    """Join neighbours of equal length into batches of at most `batch_size` sequences.
+TOKENS_PER_PASS = 1024   # enough to keep a processor busy; longer sequences pass alone
+
+
+def stack(batches: list[torch.Tensor], batch_size: int | None = None) -> list[torch.Tensor]:
+    """Join neighbours of equal length, however they were batched, into batches of `batch_size` sequences.
 
     Args:
         batches: LongTensors (b, seqlen).
-        batch_size: sequences a batch; a matter of speed only.
+        batch_size: default as many as make 1,024 tokens, at least one.
     """
     joined: list[list[torch.Tensor]] = []
     for row in (row for batch in batches for row in batch.split(1)):
-        if joined and len(joined[-1]) < batch_size and joined[-1][0].shape == row.shape:
+        if joined and len(joined[-1]) < (batch_size or TOKENS_PER_PASS // row.shape[1]) and joined[-1][0].shape == row.shape:
             joined[-1].append(row)
         else:
             joined.append([row])
@@ -163,7 +166,7 @@ def _original_weights(linears: dict[str, nn.Module]):
 
 
 @torch.no_grad()
-def walk(model: nn.Module, calibrations: list[list[torch.Tensor]], visit: Callable, *, update: bool = True, batch_size: int = 8,
+def walk(model: nn.Module, calibrations: list[list[torch.Tensor]], visit: Callable, *, update: bool = True,
          stage: str = "walk", progress: Progress = quiet) -> None:
     """Go through the decoder block by block with the Hessian of every linear, as SparseGPT does (METHOD section 2).
 
@@ -175,7 +178,6 @@ def walk(model: nn.Module, calibrations: list[list[torch.Tensor]], visit: Callab
         visit: `visit(rows, hessians)` with rows = {name: float32 weight (out, in), a copy} and hessians = one Hessian per set;
             returns the new rows by name where `update` is set.
         update: let the updated block produce the inputs of the next one; otherwise every block sees what the dense model would give it.
-        batch_size: sequences a forward pass; a matter of speed and memory only.
         stage, progress: what is reported after every block.
 
     Raises:
@@ -186,7 +188,9 @@ def walk(model: nn.Module, calibrations: list[list[torch.Tensor]], visit: Callab
     for batches in calibrations:
         if not batches:
             raise InputError("There is nothing to calibrate on", "the list of batches is empty", "load at least one sequence")
-        batches = stack(batches, batch_size)
+        # always the same passes, however the caller batched: which of two equal scores goes can hang on the last bit, and in a walk all that
+        # follows hangs on which
+        batches = stack(batches)
         require_length(model, max(b.shape[1] for b in batches))
         recorder = block_calls(model, blocks, batches)
         sets.append((recorder.hidden, recorder.calls))
@@ -197,8 +201,8 @@ def walk(model: nn.Module, calibrations: list[list[torch.Tensor]], visit: Callab
         hessians = [_collect(block, linears, hidden, calls[index], keep_output=not update) for hidden, calls in sets]
         with _original_weights(linears) if update else contextlib.nullcontext():
             for names in sorted({names for found in hessians for names in found}):
-                rows = {n: as_rows(linears[n].weight.detach(), stored_transposed(linears[n])).float().clone() for n in names}
-                new = visit(rows, [found.get(names) or Hessian(rows[names[0]].shape[1], model.device) for found in hessians])
+                rows = {n: precise(as_rows(linears[n].weight.detach(), stored_transposed(linears[n]))).clone() for n in names}
+                new = visit(rows, [found.get(names) or Hessian(rows[names[0]].shape[1]) for found in hessians])
                 for n in names if update else ():
                     as_rows(linears[n].weight.data, stored_transposed(linears[n])).copy_(new[n])
             if update:
@@ -219,7 +223,7 @@ def _collect(block, linears, hidden, calls, keep_output) -> dict[tuple[str, ...]
             for names in sharing(seen):
                 inputs = seen[names[0]]
                 if tuple(names) not in found:
-                    found[tuple(names)] = Hessian(inputs[0].shape[-1], x.device)
+                    found[tuple(names)] = Hessian(inputs[0].shape[-1])
                 for tensor in inputs:
                     found[tuple(names)].add(tensor)
             seen.clear()

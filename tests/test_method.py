@@ -18,11 +18,14 @@ DOMAIN = tiny_batches(3, seed=2)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
+EXACT = {"dtype": torch.float64}
+
+
 class Parts:
     """A tiny model, and what the slow twin wants to be told about it."""
 
-    def __init__(self, family):
-        self.model = tiny(family)
+    def __init__(self, family, dtype=torch.float64):
+        self.model = tiny(family).to(dtype)   # formulas are compared in float64, where no two scores tie by rounding
         self.blocks = decoder_blocks(self.model)[1]
         self.linears = prunable_linears(self.model)
         self.told = (self.model, self.blocks, self.linears)
@@ -44,19 +47,14 @@ def llama():
     return Parts("llama")
 
 
-def assert_close(ours, theirs, tolerance=5e-5):
-    """Same names and shapes; each matrix equal to `tolerance` of its norm, and each value to 20 times that of its own and the mean size.
-
-    A Hessian in float32 carries 1e-7, which its condition number multiplies: worst in OPT, where ReLU leaves inputs that hardly ever fire.
-    """
+def assert_close(ours, theirs, tolerance=1e-8):
+    """Same names and shapes, and every value equal to `tolerance` of its own and its matrix's mean size."""
     assert set(ours) == set(theirs)
     for name, mine in ours.items():
         expected = theirs[name].double()
         assert mine.shape == expected.shape
-        off = mine.double() - expected
-        assert off.norm() <= tolerance * expected.norm(), f"{name}: {off.norm() / expected.norm():.2g} of the norm"
-        worst = (off.abs() / (expected.abs().mean() + expected.abs())).max()
-        assert worst <= 20 * tolerance, f"{name}: {worst:.2g}"
+        worst = ((mine.double() - expected).abs() / (expected.abs().mean() + expected.abs())).max()
+        assert worst <= tolerance, f"{name}: {worst:.2g}"
 
 
 def assert_same_masks(kept, removed):
@@ -76,7 +74,7 @@ def test_every_linear_inside_the_blocks_is_found_and_nothing_else(parts):
 
 @pytest.mark.parametrize("mode", ["sequential", "static"])
 def test_general_importance_is_that_of_the_slow_twin(parts, mode):
-    expected = oracle.general_importance(*parts.told, GENERAL, sparsity=0.52, mode=mode)
+    expected = oracle.general_importance(*parts.told, GENERAL, sparsity=0.52, mode=mode, **EXACT)
     assert_close(general_importance(parts.model, GENERAL, sparsity=0.52, mode=mode), expected)
 
 
@@ -99,7 +97,7 @@ def test_fisher_is_that_of_the_slow_twin(parts):
 
 
 def test_sparsegpt_is_that_of_the_slow_twin(parts):
-    expected = oracle.general_importance(*parts.told, GENERAL, sparsity=0.6, details=True)
+    expected = oracle.general_importance(*parts.told, GENERAL, sparsity=0.6, details=True, **EXACT)
     ours = baselines.sparsegpt(parts.model, [GENERAL], 0.6)
     assert_same_masks(ours.masks, expected.removed)
     assert_close(ours.weights, expected.weights)
@@ -108,7 +106,7 @@ def test_sparsegpt_is_that_of_the_slow_twin(parts):
 @pytest.mark.parametrize("kind", ["general", "domain", "mix"])
 def test_compensation_after_is_that_of_the_slow_twin(parts, kind):
     masks = make_masks(baselines.magnitude(parts.model), 0.5)
-    expected = oracle.compensate_after(*parts.told, masks, GENERAL, DOMAIN, which=kind)
+    expected = oracle.compensate_after(*parts.told, masks, GENERAL, DOMAIN, which=kind, **EXACT)
     ours = compensate_after(parts.model, compensation_sets(GENERAL, DOMAIN, kind), masks)
     assert_same_masks(ours.masks, expected.removed)
     assert all(torch.equal(ours.masks[n], masks[n]) for n in masks)
@@ -121,7 +119,7 @@ def test_the_dual_walk_is_that_of_the_slow_twin(parts, which):
     twin = oracle.fisher_both(of_domain, of_general) if which == "both" else of_domain
     fishers = [fisher_diagonal(parts.model, b) for b in ((DOMAIN, GENERAL) if which == "both" else (DOMAIN,))]
     fisher = mixed_fisher(fishers) if which == "both" else fishers[0]
-    expected = oracle.dual_walk(*parts.told, GENERAL, DOMAIN, twin, 0.5, lam=0.8)
+    expected = oracle.dual_walk(*parts.told, GENERAL, DOMAIN, twin, 0.5, lam=0.8, **EXACT)
     ours = compensate_walk(parts.model, [GENERAL, DOMAIN], fisher, 0.5, 0.8)
     assert_same_masks(ours.masks, expected.removed)
     assert_close(ours.weights, expected.weights)
@@ -138,10 +136,10 @@ def test_wanda_is_that_of_the_slow_twin(parts):
 
 
 @every_family
-def test_batch_size_changes_scores_by_rounding_only(family):
+def test_general_importance_is_the_same_bits_however_it_is_batched(family):
     model = tiny(family)
-    one, eight = (general_importance(model, GENERAL, batch_size=size) for size in (1, 8))
-    assert_close(one, eight, tolerance=1e-4)
+    one, eight = (general_importance(model, batches) for batches in (GENERAL, [torch.cat(GENERAL[:8]), torch.cat(GENERAL[8:])]))
+    assert all(torch.equal(one[n], eight[n]) for n in one)
 
 
 def test_the_same_call_gives_the_same_bits(llama):
@@ -190,7 +188,7 @@ def test_a_domain_pass_is_one_forward_and_one_backward_per_batch(llama):
 def test_never_more_than_one_gradient_is_alive(llama):
     from dpruner.domain import stream_gradients
     alive = []
-    stream_gradients(llama.model, DOMAIN, lambda name, g: alive.append(sum(p.grad is not None for p in llama.model.parameters())), stage="test")
+    stream_gradients(llama.model, DOMAIN, lambda name, g, part: alive.append(sum(p.grad is not None for p in llama.model.parameters())), stage="test")
     assert len(alive) == len(DOMAIN) * len(llama.linears)
     assert max(alive) == 0
 
@@ -246,13 +244,13 @@ def test_the_learning_rate_rises_then_falls():
 
 @pytest.mark.parametrize("family", MOE)
 def test_mixtures_of_experts_prune_what_is_linear_and_name_the_rest(family):
-    parts = Parts(family)
+    parts = Parts(family, torch.float32)   # the grouped products of the experts know no float64
     skipped = skipped_weights(parts.model)
     assert any("expert" in name for name in skipped)
     assert not set(skipped) & set(parts.linears)
     G = general_importance(parts.model, GENERAL)
-    assert_close(G, oracle.general_importance(*parts.told, GENERAL))
-    assert_close(domain_importance(parts.model, DOMAIN, G).dual, oracle.domain_scores(*parts.told[::2], DOMAIN, G).dual)
+    assert_close(G, oracle.general_importance(*parts.told, GENERAL), tolerance=1e-4)
+    assert_close(domain_importance(parts.model, DOMAIN, G).dual, oracle.domain_scores(*parts.told[::2], DOMAIN, G).dual, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -277,7 +275,7 @@ def test_dead_inputs_score_nothing(llama):
         G = general_importance(llama.model, GENERAL, mode=mode)
         gate = G["model.layers.1.mlp.gate_proj.weight"]
         assert gate[:, [3, 7]].eq(0).all() and gate[:, [2, 4]].gt(0).all()
-        assert_close(G, oracle.general_importance(*llama.told, GENERAL, mode=mode))
+        assert_close(G, oracle.general_importance(*llama.told, GENERAL, mode=mode, **EXACT))
 
 
 def test_a_raising_walk_leaves_the_weights(llama):

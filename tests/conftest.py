@@ -1,0 +1,60 @@
+"""What several test files share: tiny models in folders, and one small finished run."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from families import tiny, tiny_tokenizer
+
+from dpruner import RunConfig, pipeline
+
+SMALL = {"nsamples": 4, "seqlen": 16, "eval_documents": 1, "eval_seqlen": 128}
+
+
+def save(model, folder: Path, tokenizer=None) -> Path:
+    """A model and a tokenizer that fits it, as a folder."""
+    model.save_pretrained(folder)
+    (tokenizer or tiny_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def one_thread():
+    """Tiny tensors are slower on several threads than on one, and much slower where the cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory) -> Path:
+    """Folder of a tiny llama, float32. Not to be written to."""
+    return save(tiny("llama"), tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session")
+def small(llama, tmp_path_factory) -> SimpleNamespace:
+    """A finished run of two domains and three methods on the tiny llama. Not to be written to.
+
+    Attributes:
+        run, config: the Run, and the RunConfig it was asked for.
+        runs, cache: the folders it wrote to.
+        seen: (stage, share of the work done) at every step that was reported.
+    """
+    root = tmp_path_factory.mktemp("small")
+    config = RunConfig(model=str(llama), domains=("healthcare", "legal"), methods=("dpruner", "magnitude", "random"), **SMALL)
+    seen = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run = pipeline.run(config, runs=root / "runs", cache=root / "cache", watch=lambda status: seen.append((status.stage, status.share)))
+    torch.set_num_threads(before)
+    return SimpleNamespace(run=run, config=config, runs=root / "runs", cache=root / "cache", seen=seen)
+
+
+@pytest.fixture(scope="session")
+def starter():
+    """(model, tokenizer) of the starter, float32. Not to be changed."""
+    from dpruner import load_model
+    return load_model("starter", device="cpu")
