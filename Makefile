@@ -19,7 +19,7 @@ test: setup
 	$(BIN)/python -m pytest
 
 bench: setup
-	$(BIN)/python -m tests.bench
+	PYTHONPATH=. $(BIN)/python tests/bench.py
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from dpruner.calibration import domain_label
 from dpruner.compensate import HESSIANS
-from dpruner.domain import FORMULAS
 from dpruner.errors import InputError
+from dpruner.formulas import FORMULAS
 from dpruner.general import SPARSITY
 from dpruner.masks import parse_granularity, require_sparsity
 from dpruner.model import DTYPES, STARTER

@@ -9,87 +9,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from dpruner.errors import InputError
+from dpruner.formulas import DEFAULT_LAM, FORMULAS, balanced, relative_
 from dpruner.masks import Scores, precise
 from dpruner.model import blank_scores, prunable_linears, require_length, transposed_names
 from dpruner.walk import Progress, quiet, stack
 
 ALPHA = 0.03              # learning rate of the published recipe, α of the penalty
-RELEASE_SCALE = 2.0**16   # fp16 loss scale that the authors' code leaves on its gradients
-RELEASE_COUNT = 1000      # constant by which it divides g²
 SMALLEST_PART = 2**18     # weights below which a gradient is not taken in parts
 HALF_SCALE = 2.0**10      # keeps small gradients of a float16 model from vanishing; divided out again
-DEFAULT_LAM = {"balanced": 1.0, "taylor": 1.0, "release": 0.1}
-
-
-class Balanced:
-    """`F = mean_j u_j²`, u = g·w: the expected increase of the domain loss for removing the weight; G joins in `balanced`."""
-
-    def __init__(self, w: torch.Tensor, G: torch.Tensor, lam: float, alpha: float):
-        self.w, self.squares = w, torch.zeros_like(precise(w))
-
-    def add(self, g: torch.Tensor, part: slice) -> None:
-        self.squares[part].addcmul_(g, g)
-
-    def domain(self, count: int) -> torch.Tensor:
-        return self.squares.div_(count).mul_(precise(self.w).square())
-
-
-class Taylor:
-    """`mean_j |u_j − ½ u_j²|`, u = g'·w, `g' = g + 2 λ α² G g h`, h the running mean of g² (the paper's equations)."""
-
-    def __init__(self, w: torch.Tensor, G: torch.Tensor, lam: float, alpha: float):
-        self.w, self.G, self.penalty, self.batches = w, G, 2 * lam * alpha**2, 0
-        self.squares, self.of_both, self.of_domain = (torch.zeros_like(precise(w)) for _ in range(3))
-
-    def add(self, g: torch.Tensor, part: slice) -> None:
-        self.batches += part.start == 0
-        self.squares[part].addcmul_(g, g)
-        u = g * self.w[part]
-        self._count(self.of_domain[part], u)
-        # g' = g (1 + 2 λ α² G h), so u' is u times the same factor
-        self._count(self.of_both[part], u.addcmul_(u, self.squares[part] * self.G[part], value=self.penalty / self.batches))
-
-    @staticmethod
-    def _count(total: torch.Tensor, u: torch.Tensor) -> None:
-        total.add_(torch.addcmul(u, u, u, value=-0.5).abs_())
-
-    def domain(self, count: int) -> torch.Tensor:
-        return self.of_domain.div_(count)
-
-    def dual(self, count: int) -> torch.Tensor:
-        return self.of_both.div_(count)
-
-
-class Release:
-    """`Σ_j |u_j + u_j²/2000 + w³|`, `g' = g + λ·2α²·G·g²/1000`, g multiplied by 2¹⁶: what the authors' published code adds up.
-
-    It does so from the second step on; here every batch counts.
-    """
-
-    def __init__(self, w: torch.Tensor, G: torch.Tensor, lam: float, alpha: float):
-        self.w, self.G, self.penalty = w, G, lam * 2 * alpha**2 / RELEASE_COUNT
-        self.of_both, self.of_domain = (torch.zeros_like(precise(w)) for _ in range(2))
-
-    def add(self, g: torch.Tensor, part: slice) -> None:
-        g = g * RELEASE_SCALE
-        w = precise(self.w[part])
-        u = g * w
-        self._count(self.of_domain[part], u, w)
-        self._count(self.of_both[part], u.addcmul_(u, g.mul_(self.G[part]), value=self.penalty), w)   # g' = g (1 + penalty · G · g)
-
-    @staticmethod
-    def _count(total: torch.Tensor, u: torch.Tensor, w: torch.Tensor) -> None:
-        score = torch.addcmul(u, u, u, value=1 / (2 * RELEASE_COUNT))
-        total.add_(score.add_(w**3).abs_())
-
-    def domain(self, count: int) -> torch.Tensor:
-        return self.of_domain
-
-    def dual(self, count: int) -> torch.Tensor:
-        return self.of_both
-
-
-FORMULAS = {"balanced": Balanced, "taylor": Taylor, "release": Release}
 
 
 @dataclass(frozen=True)
@@ -275,28 +202,6 @@ def _tune_and_stream(model, batches, consume, tune: FineTune, *, stage, progress
     return losses
 
 
-def balanced(domain: Mapping[str, torch.Tensor], G: Mapping[str, torch.Tensor], lam: float, means: str = "matrix") -> Scores:
-    """`S = F/mean(F) + λ·G/mean(G)`: scale-free, so that λ means something (METHOD section 4).
-
-    Args:
-        domain: F, {name: Tensor}.
-        G: general importance, same keys and shapes.
-        means: "matrix" (of each matrix) or "model" (of all weights, for a whole-model threshold).
-    """
-    def mean_of(scores):
-        if means == "matrix":
-            return {n: s.double().mean() for n, s in scores.items()}
-        overall = sum(s.double().sum() for s in scores.values()) / sum(s.numel() for s in scores.values())
-        return dict.fromkeys(scores, overall)
-
-    def inverse(mean):
-        return float(1 / mean) if mean > 0 else 0.0
-
-    of_domain, of_general = mean_of(domain), mean_of(G)
-    dual = {n: domain[n] * inverse(of_domain[n]) + lam * inverse(of_general[n]) * G[n].to(domain[n]) for n in domain}
-    return Scores(dual, getattr(domain, "transposed", ()))
-
-
 def domain_importance(model: nn.Module, batches: list[torch.Tensor], G: Mapping[str, torch.Tensor], formula: str = "balanced",
                       lam: float | None = None, *, means: str = "matrix", alpha: float = ALPHA, finetune: FineTune | None = None,
                       progress: Progress = quiet) -> DomainImportance:
@@ -344,11 +249,12 @@ def domain_importance(model: nn.Module, batches: list[torch.Tensor], G: Mapping[
     names = transposed_names(model)
     domain = Scores({n: a.domain(len(losses)) for n, a in accumulators.items()}, names)
     if formula == "balanced":
-        domain, dual = balanced(domain, G, 0.0, means), balanced(domain, G, lam, means)
+        domain = relative_(domain, means)
+        dual = balanced(domain, G, lam, means)
     else:
         dual = Scores({n: a.dual(len(losses)) for n, a in accumulators.items()}, names)
     for name, scores in dual.items():
-        if not torch.isfinite(scores).all():
+        if not torch.isfinite(scores.max()):   # NaN is passed on by the maximum
             raise InputError(f"The scores of {name} are not finite", "its gradients overflowed", "use bfloat16 or float32, or fewer batches")
     return DomainImportance(dual, domain, Scores(G, names), losses)
 

@@ -14,8 +14,11 @@ class _Caught(Exception):
 
 
 @torch.no_grad()
-def general_importance(model, batches, sparsity=0.52, blocksize=128, damping=0.01):
-    """G of every prunable weight, {name: float32 as stored}, sequential mode; the weights come back at the end."""
+def general_importance(model, batches, sparsity=0.52, blocksize=128, damping=0.01, decisions=None):
+    """G of every prunable weight, {name: float32 as stored}, sequential mode; the weights come back at the end.
+
+    `decisions`, a dict, is filled with {name: BoolTensor (out, in), True = removed in the walk}.
+    """
     _, blocks = decoder_blocks(model)
     linears = prunable_linears(model)
     originals = {n: m.weight.detach().clone() for n, m in linears.items()}
@@ -54,7 +57,9 @@ def general_importance(model, batches, sparsity=0.52, blocksize=128, damping=0.0
             handle.remove()
         for name, module in inside.items():
             W = as_rows(module.weight.data, stored_transposed(module)).float().clone()
-            scores, W = _prune(W, H[name] * (2 / tokens[name]), sparsity, blocksize, damping)
+            scores, W, removed = _prune(W, H[name] * (2 / tokens[name]), sparsity, blocksize, damping)
+            if decisions is not None:
+                decisions[name] = removed
             G[name] = as_rows(scores, stored_transposed(module)).contiguous()
             as_rows(module.weight.data, stored_transposed(module)).copy_(W)
         for j, (x, (args, kwargs)) in enumerate(zip(hidden, calls, strict=True)):
@@ -70,8 +75,8 @@ def _prune(W, H, sparsity, blocksize, damping):
     H[dead, dead] = 1
     W[:, dead] = 0
     H.diagonal().add_(damping * H.diagonal().mean())
-    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
-    scores = torch.zeros_like(W)
+    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H.double())), upper=True).float()
+    scores, removed = torch.zeros_like(W), torch.zeros_like(W, dtype=torch.bool)
     for start in range(0, W.shape[1], blocksize):
         stop = min(start + blocksize, W.shape[1])
         W1, U1, errors = W[:, start:stop].clone(), U[start:stop, start:stop], torch.zeros_like(W[:, start:stop])
@@ -84,6 +89,7 @@ def _prune(W, H, sparsity, blocksize, damping):
             errors[:, i] = (w - q) / U1[i, i]
             W1[:, i:] -= errors[:, i:i + 1] * U1[i:i + 1, i:]
             W1[:, i] = q
+        removed[:, start:stop] = gone
         W[:, start:stop] = W1
         W[:, stop:] -= errors @ U[start:stop, stop:]
-    return scores, W
+    return scores, W, removed

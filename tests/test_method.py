@@ -7,8 +7,9 @@ from families import FAMILIES, MOE, tiny, tiny_batches
 
 from dpruner import baselines
 from dpruner.compensate import compensate_after, compensate_walk, compensation_sets, mixed_fisher
-from dpruner.domain import FORMULAS, FineTune, balanced, domain_importance, fisher_diagonal
+from dpruner.domain import FineTune, domain_importance, fisher_diagonal
 from dpruner.errors import InputError
+from dpruner.formulas import FORMULAS, balanced
 from dpruner.general import general_importance
 from dpruner.masks import make_masks
 from dpruner.model import decoder_blocks, fingerprint, prunable_linears, skipped_weights, stored_transposed

@@ -1,0 +1,118 @@
+"""The scores by name (METHOD section 4): what each adds up batch by batch, and what it makes of the sums. Tensors in, tensors out."""
+
+from collections.abc import Mapping
+
+import torch
+
+from dpruner.masks import Scores, precise
+
+RELEASE_SCALE = 2.0**16   # fp16 loss scale that the authors' code leaves on its gradients
+RELEASE_COUNT = 1000      # constant by which it divides g²
+DEFAULT_LAM = {"balanced": 1.0, "taylor": 1.0, "release": 0.1}
+
+
+class Balanced:
+    """`F = mean_j u_j²`, u = g·w: the expected increase of the domain loss for removing the weight; G joins in `balanced`."""
+
+    def __init__(self, w: torch.Tensor, G: torch.Tensor, lam: float, alpha: float):
+        self.w, self.squares = w, torch.zeros_like(precise(w))
+
+    def add(self, g: torch.Tensor, part: slice) -> None:
+        self.squares[part].addcmul_(g, g)
+
+    def domain(self, count: int) -> torch.Tensor:
+        return self.squares.div_(count).mul_(precise(self.w).square())
+
+
+class Taylor:
+    """`mean_j |u_j − ½ u_j²|`, u = g'·w, `g' = g + 2 λ α² G g h`, h the running mean of g² (the paper's equations)."""
+
+    def __init__(self, w: torch.Tensor, G: torch.Tensor, lam: float, alpha: float):
+        self.w, self.G, self.penalty, self.batches = w, G, 2 * lam * alpha**2, 0
+        self.squares, self.of_both, self.of_domain = (torch.zeros_like(precise(w)) for _ in range(3))
+
+    def add(self, g: torch.Tensor, part: slice) -> None:
+        self.batches += part.start == 0
+        self.squares[part].addcmul_(g, g)
+        u = g * self.w[part]
+        self._count(self.of_domain[part], u)
+        # g' = g (1 + 2 λ α² G h), so u' is u times the same factor
+        self._count(self.of_both[part], u.addcmul_(u, self.squares[part] * self.G[part], value=self.penalty / self.batches))
+
+    @staticmethod
+    def _count(total: torch.Tensor, u: torch.Tensor) -> None:
+        total.add_(torch.addcmul(u, u, u, value=-0.5).abs_())
+
+    def domain(self, count: int) -> torch.Tensor:
+        return self.of_domain.div_(count)
+
+    def dual(self, count: int) -> torch.Tensor:
+        return self.of_both.div_(count)
+
+
+class Release:
+    """`Σ_j |u_j + u_j²/2000 + w³|`, `g' = g + λ·2α²·G·g²/1000`, g multiplied by 2¹⁶: what the authors' published code adds up.
+
+    It does so from the second step on; here every batch counts.
+    """
+
+    def __init__(self, w: torch.Tensor, G: torch.Tensor, lam: float, alpha: float):
+        self.w, self.G, self.penalty = w, G, lam * 2 * alpha**2 / RELEASE_COUNT
+        self.of_both, self.of_domain = (torch.zeros_like(precise(w)) for _ in range(2))
+
+    def add(self, g: torch.Tensor, part: slice) -> None:
+        g = g * RELEASE_SCALE
+        w = precise(self.w[part])
+        u = g * w
+        self._count(self.of_domain[part], u, w)
+        self._count(self.of_both[part], u.addcmul_(u, g.mul_(self.G[part]), value=self.penalty), w)   # g' = g (1 + penalty · G · g)
+
+    @staticmethod
+    def _count(total: torch.Tensor, u: torch.Tensor, w: torch.Tensor) -> None:
+        score = torch.addcmul(u, u, u, value=1 / (2 * RELEASE_COUNT))
+        total.add_(score.add_(w**3).abs_())
+
+    def domain(self, count: int) -> torch.Tensor:
+        return self.of_domain
+
+    def dual(self, count: int) -> torch.Tensor:
+        return self.of_both
+
+
+FORMULAS = {"balanced": Balanced, "taylor": Taylor, "release": Release}
+
+
+def means_of(scores: Mapping[str, torch.Tensor], means: str) -> dict[str, float]:
+    """Mean score by name, in float64: of each matrix, or of the whole model for every name where `means` is "model"."""
+    sums = {n: float(s.sum(dtype=torch.float64)) for n, s in scores.items()}
+    if means == "model":
+        return dict.fromkeys(scores, sum(sums.values()) / sum(s.numel() for s in scores.values()))
+    return {n: total / scores[n].numel() for n, total in sums.items()}
+
+
+def inverse(mean: float) -> float:
+    """1/mean; 0 where all scores are 0, so that they stay it."""
+    return 1 / mean if mean > 0 else 0.0
+
+
+def relative_(scores: Scores, means: str = "matrix") -> Scores:
+    """Divide scores by their mean, in place."""
+    average = means_of(scores, means)
+    for name, s in scores.items():
+        s.mul_(inverse(average[name]))
+    return scores
+
+
+def balanced(domain: Mapping[str, torch.Tensor], G: Mapping[str, torch.Tensor], lam: float, means: str = "matrix") -> Scores:
+    """`S = F/mean(F) + λ·G/mean(G)`: scale-free, so that λ means something.
+
+    Args:
+        domain: F, {name: Tensor}, at any scale.
+        G: general importance, same keys and shapes.
+        means: "matrix" (of each matrix) or "model" (of all weights, for a whole-model threshold).
+    """
+    of_domain, of_general = means_of(domain, means), means_of(G, means)
+    dual = Scores({n: f * inverse(of_domain[n]) for n, f in domain.items()}, getattr(domain, "transposed", ()))
+    for name, s in dual.items():
+        s.add_(G[name].to(s), alpha=lam * inverse(of_general[name]))
+    return dual
