@@ -8,6 +8,7 @@ import sys
 import typing
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -96,7 +97,7 @@ def command_prune(args: argparse.Namespace) -> None:
         run = pipeline.run(config, runs=args.runs, cache=args.cache, watch=watch)
     _warn_if_changed(args.config, earlier, run)
     result = report.summary(run)
-    print(json.dumps(result, ensure_ascii=False)) if args.json else show(result, Console())
+    print(json.dumps(result, ensure_ascii=False)) if args.json else show(result, Console(highlight=False))
 
 
 def settings(args: argparse.Namespace, earlier: dict) -> RunConfig:
@@ -134,13 +135,12 @@ def _warn_if_changed(path: str, earlier: dict, run) -> None:
 def show(result: dict, console: Console) -> None:
     """The table of a finished run."""
     def figure(e):
-        return f"{e['value']:.2f} [dim]{e['low']:.1f}–{e['high']:.1f}[/]" if e else "–"
+        return f"{e['value']:.1f} [dim]{e['low']:.0f}–{e['high']:.0f}[/]" if e else "–"
 
-    table = Table(title=f"Run {result['id']}", caption="Perplexity on held-out text with its 95 % interval; lower is better.")
-    for name in ("domain", "method", "on its domain", "on the open domain"):
-        table.add_column(name, no_wrap=True)
-    for name in ("prunable weights removed", "whole model removed"):
-        table.add_column(name, justify="right")
+    table = Table(box=box.SIMPLE_HEAD, title=f"Run {result['id']}", caption="Perplexity on held-out text with its 95 % interval: lower is better.\n"
+                  "Removed: share of the prunable weights, and of the whole model.")
+    for name, side in (("domain", "left"), ("method", "left"), ("its domain", "right"), ("open domain", "right"), ("removed", "right")):
+        table.add_column(name, no_wrap=True, justify=side)
     for domain, texts in result["dense"].items():
         _add_row(table, figure, {"domain": domain, "method": "dense", "perplexity": texts})
         for row in result["rows"]:
@@ -152,7 +152,7 @@ def show(result: dict, console: Console) -> None:
             _add_row(table, figure, row)
     console.print(table)
     if result["similarity"]:
-        masks = Table(title="Similarity of the domains' masks", caption="Jaccard: weights both keep / weights either keeps. 1 is the same mask.")
+        masks = Table(box=box.SIMPLE_HEAD, title="Similarity of the domains' masks", caption="Jaccard: weights both keep / weights either keeps. 1 is the same mask.")
         for name in ("method", "domains"):
             masks.add_column(name)
         for name in ("Jaccard", "two random masks"):
@@ -167,8 +167,8 @@ def show(result: dict, console: Console) -> None:
 
 def _add_row(table: Table, figure, row: dict) -> None:
     texts = list(row["perplexity"].values()) + [None, None]
-    shares = [f"{row[k]:.2%}" if k in row else "–" for k in ("sparsity of prunable weights", "sparsity of the whole model")]
-    table.add_row(row["domain"], row["method"], figure(texts[0]), figure(texts[1]), *shares)
+    shares = [f"{row[k]:.1%}" for k in ("sparsity of prunable weights", "sparsity of the whole model") if k in row]   # of these, then of all
+    table.add_row(row["domain"], row["method"], figure(texts[0]), figure(texts[1]), " / ".join(shares) or "–")
 
 
 def command_runs(args: argparse.Namespace) -> None:
@@ -179,7 +179,7 @@ def command_runs(args: argparse.Namespace) -> None:
         status = run.status
         if status["state"] == "done":
             result = report.summary(run)
-            return print(json.dumps(result, ensure_ascii=False)) if args.json else show(result, Console())
+            return print(json.dumps(result, ensure_ascii=False)) if args.json else show(result, Console(highlight=False))
         return print(json.dumps(status, ensure_ascii=False) if args.json else f"{run.id}: {_told(status)}")
     listed = [{"id": run.id, "folder": str(run.folder), **run.status} for run in store.find_runs(args.runs)]
     if args.json:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -63,7 +63,8 @@ def run(config: RunConfig, *, runs: str | Path = "runs", cache: str | Path = "ca
             general_fisher = cached(Path(cache), "fisher", {"model": fingerprint(model), "calibration": calibration.fingerprint(texts.general)},
                                     lambda: fisher_diagonal(model, texts.general, stage="general fisher", progress=status.step))
         status.about = DENSE
-        metrics = [evaluated(config, model, tokenizer, texts, DENSE, label, status) for label in texts.labels]
+        dense = perplexities(config, model, tokenizer, texts, texts.heldout, status)
+        metrics = [perplexity_rows(DENSE, label, {text: dense[text] for text in texts.judged(label)}) for label in texts.labels]
         stats, masks = [], {}
         for label in texts.labels:
             status.about = label
@@ -74,7 +75,9 @@ def run(config: RunConfig, *, runs: str | Path = "runs", cache: str | Path = "ca
                 kept = prune(method, config, model, texts, label, scores, sparsity, general_fisher, status)
                 save(run, method, label, scores, kept)
                 stats.append(matrix_stats(model, kept.masks, scores).assign(method=method, domain=label))
-                metrics.append(evaluated(config, model, tokenizer, texts, method, label, status, kept))
+                with pruned(model, kept.masks, kept.weights):
+                    found = perplexities(config, model, tokenizer, texts, texts.judged(label), status)
+                metrics.append(perplexity_rows(method, label, found))
                 metrics.append(described(model, method, label, kept.masks))
                 masks[method, label] = kept.masks
             if "dpruner" in config.methods:
@@ -107,6 +110,10 @@ class Texts:
         if config.evaluate:
             for label, source in {self.open_label: split_domain(config.general)[1], **sources}.items():
                 self.heldout[label] = load_texts(source, "heldout", column=config.column if label in sources else None, limit=config.eval_documents)
+
+    def judged(self, label: str) -> list[str]:
+        """The held-out texts a mask of this domain is judged on: the domain's and the open domain's; none where nothing is evaluated."""
+        return [name for name in dict.fromkeys((label, self.open_label)) if name in self.heldout]
 
     def sets(self, label: str, kind: str) -> list[list[torch.Tensor]]:
         """Calibration sets of one domain: open domain, domain, or both."""
@@ -228,16 +235,15 @@ def exact(method, domain, text, metric, value, n) -> tuple:
     return method, domain, text, metric, value, None, None, n
 
 
-def evaluated(config: RunConfig, model, tokenizer, texts: Texts, method: str, label: str, status: Status,
-              kept: Compensated | None = None) -> pd.DataFrame:
-    """Perplexity on the domain's held-out text and on open-domain text."""
-    found = []
-    with pruned(model, kept.masks if kept else {}, kept.weights if kept else None):
-        for text in dict.fromkeys((label, texts.open_label)) if config.evaluate else ():
-            e: Estimate = perplexity(model, tokenizer, texts.heldout[text], config.eval_seqlen, seed=config.seed,
-                                     stage="evaluation", progress=status.step)
-            found.append((method, label, text, "perplexity", float(e), e.low, e.high, e.n))
-    return rows(*found)
+def perplexities(config: RunConfig, model, tokenizer, texts: Texts, names: Iterable[str], status: Status) -> dict[str, Estimate]:
+    """Perplexity of the model as it is on held-out texts, by name."""
+    return {name: perplexity(model, tokenizer, texts.heldout[name], config.eval_seqlen, seed=config.seed, stage="evaluation",
+                             progress=status.step) for name in names}
+
+
+def perplexity_rows(method: str, label: str, found: Mapping[str, Estimate]) -> pd.DataFrame:
+    """Perplexities as a piece of metrics.parquet."""
+    return rows(*((method, label, text, "perplexity", float(e), e.low, e.high, e.n) for text, e in found.items()))
 
 
 def described(model, method: str, label: str, masks) -> pd.DataFrame:
@@ -275,12 +281,12 @@ def planned_work(config: RunConfig, texts: Texts) -> list[tuple[str, float]]:
     walk = 3 * tokens
     # overlapping windows pass two or three tokens for each new one, and a token is about four characters
     held = {label: sum(len(t) for t in documents) / 2 for label, documents in texts.heldout.items()}
-    evaluation = {label: [("evaluation", held[t]) for t in dict.fromkeys((label, texts.open_label)) if t in held] for label in texts.labels}
+    evaluation = {label: [("evaluation", held[name]) for name in texts.judged(label)] for label in texts.labels}
     passes = 6 if config.finetune else 3
     plan = [("general importance", walk)]
     if config.compensate == "walk" and config.fisher == "both":
         plan.append(("general fisher", 3 * tokens))
-    plan += [stage for label in texts.labels for stage in evaluation[label]]
+    plan += [("evaluation", cost) for cost in held.values()]
     for label in texts.labels:
         plan.append(("domain importance", passes * tokens * (config.epochs if config.finetune else 1)))
         for method in config.methods:
