@@ -4,6 +4,7 @@ import dataclasses
 import types
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 
 from dpruner.calibration import domain_label
 from dpruner.compensate import HESSIANS
@@ -105,6 +106,11 @@ class RunConfig:
                 raise InputError(f"{name} = {getattr(self, name)} cannot be used", f"it is a count of {least} or more", "give a larger number")
         if self.lam is not None and not 0 <= self.lam < float("inf"):
             raise InputError(f"λ = {self.lam} cannot be used", "it weighs the general side and is 0 or more", "give a number such as 1")
+
+    @property
+    def title(self) -> str:
+        """What the run is about, for its folder's name."""
+        return "-".join([Path(self.model).name, *(split_domain(d)[0] for d in self.domains)])
 
     @classmethod
     def from_dict(cls, settings: dict) -> "RunConfig":

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -28,7 +29,7 @@ from dpruner.store import Run
 DENSE = "dense"   # the method's name in tables where nothing is pruned
 
 
-def run(config: RunConfig, *, runs: str | Path = "runs", cache: str | Path = "cache",
+def run(config: RunConfig, *, runs: str | Path = "runs", cache: str | Path = "cache", folder: str | Path | None = None,
         watch: Callable[[Status], None] | None = None) -> Run:
     """Prune a model for each domain with each method, evaluate, and keep everything in a run folder.
 
@@ -38,6 +39,7 @@ def run(config: RunConfig, *, runs: str | Path = "runs", cache: str | Path = "ca
         config: what to do.
         runs: folder that holds the run folders.
         cache: folder of general importances, shared by every run of the same model and calibration.
+        folder: run folder to fill where one has been made already, as for a job that waited in a queue.
         watch: called with the run's Status after every step.
 
     Returns:
@@ -54,7 +56,7 @@ def run(config: RunConfig, *, runs: str | Path = "runs", cache: str | Path = "ca
     texts = Texts(config, tokenizer)
     sparsity = prunable_sparsity(config, model)
 
-    run = store.new_run(runs, "-".join([Path(config.model).name, *texts.labels]))
+    run = Run(folder) if folder else store.new_run(runs, config.title)
     with Status(run.folder, planned_work(config, texts), watch) as status:
         store.write_json(run.folder / "run.json", record(config, model, texts))
         G = cached_general_importance(config, model, texts, Path(cache), status)
@@ -65,7 +67,7 @@ def run(config: RunConfig, *, runs: str | Path = "runs", cache: str | Path = "ca
         status.about = DENSE
         dense = perplexities(config, model, tokenizer, texts, texts.heldout, status)
         metrics = [perplexity_rows(DENSE, label, {text: dense[text] for text in texts.judged(label)}) for label in texts.labels]
-        stats, masks = [], {}
+        stats = []
         for label in texts.labels:
             status.about = label
             S = score_domain(config, model, texts.domains[label], G, status)
@@ -79,10 +81,9 @@ def run(config: RunConfig, *, runs: str | Path = "runs", cache: str | Path = "ca
                     found = perplexities(config, model, tokenizer, texts, texts.judged(label), status)
                 metrics.append(perplexity_rows(method, label, found))
                 metrics.append(described(model, method, label, kept.masks))
-                masks[method, label] = kept.masks
             if "dpruner" in config.methods:
                 metrics.append(lambda_changes(config, label, S, sparsity))
-        metrics.append(similarities(config, texts.labels, masks))
+        metrics.append(similarities(run, config, texts.labels))
         store.write_table(run.folder / "stats.parquet", pd.concat(stats, ignore_index=True))
         store.write_table(run.folder / "metrics.parquet", pd.concat([m for m in metrics if len(m)], ignore_index=True))
     return run
@@ -262,14 +263,14 @@ def lambda_changes(config: RunConfig, label: str, S: DomainImportance, sparsity:
     return rows(exact("dpruner", label, "", "decisions changed by λ", changed, sum(m.numel() for m in with_g.values())))
 
 
-def similarities(config: RunConfig, labels: list[str], masks: Mapping) -> pd.DataFrame:
+def similarities(run: Run, config: RunConfig, labels: list[str]) -> pd.DataFrame:
     """Jaccard similarity of every two domains' masks, with what two random masks of these counts would share."""
     found = []
     for method in config.methods:
         for i, a in enumerate(labels):
             for b in labels[i + 1:]:
-                one, other = masks[method, a], masks[method, b]
-                size = sum(m.numel() for m in one.values())
+                one, other = (store.LazyMasks(run.path("masks", method, label)) for label in (a, b))
+                size = sum(math.prod(shape) for shape in one.shapes.values())
                 found += [exact(method, a, b, "jaccard", jaccard(one, other), size),
                           exact(method, a, b, "jaccard floor", jaccard_floor(one, other), size)]
     return rows(*found)

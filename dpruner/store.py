@@ -135,6 +135,27 @@ def read_masks(path: Path) -> dict[str, torch.Tensor]:
             raise _damaged(path) from error
 
 
+class LazyMasks(Mapping):
+    """The masks of a mask file, {name: BoolTensor}, each read when it is asked for: two models' masks can be compared in the memory of two matrices."""
+
+    def __init__(self, path: Path):
+        with opened(path) as file:
+            try:
+                self.path, self.shapes = path, json.loads((file.metadata() or {})["shapes"])
+            except (KeyError, ValueError) as error:
+                raise _damaged(path) from error
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        with opened(self.path) as file:
+            return unpack(file.get_tensor(name), self.shapes[name])
+
+    def __iter__(self):
+        return iter(self.shapes)
+
+    def __len__(self):
+        return len(self.shapes)
+
+
 def write_scores(path: Path, scores: Scores, metadata: Mapping[str, str] | None = None) -> None:
     """Scores with the names of those stored as (in, out)."""
     write_tensors(path, scores, {"transposed": json.dumps(sorted(scores.transposed)), **(metadata or {})})
