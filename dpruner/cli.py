@@ -93,7 +93,8 @@ def command_prune(args: argparse.Namespace) -> None:
     config = settings(args, earlier)
     config.check()
     from dpruner import pipeline, report   # torch and transformers are slow to import: bad settings are refused before
-    with _quiet_libraries(), _watching() as watch:
+    from dpruner.model import quiet_libraries
+    with quiet_libraries(), _watching() as watch:
         run = pipeline.run(config, runs=args.runs, cache=args.cache, watch=watch)
     _warn_if_changed(args.config, earlier, run)
     result = report.summary(run)
@@ -203,7 +204,8 @@ def command_export(args: argparse.Namespace) -> None:
     """`export`: a checkpoint from a run."""
     from dpruner import store
     from dpruner.export import export
-    with _quiet_libraries():
+    from dpruner.model import quiet_libraries
+    with quiet_libraries():
         folder = export(store.open_run(args.run, args.runs), args.method, args.domain, args.to)
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     print(json.dumps({"folder": str(folder), "bytes": size}) if args.json else
@@ -226,17 +228,3 @@ def _watching():
             bars.update(part, description=f"{status.stage} · {status.about}", total=status.total, completed=status.done, visible=True,
                         note=f"{unit} {min(status.done + 1, status.total)}/{status.total}")
         yield watch
-
-
-@contextlib.contextmanager
-def _quiet_libraries():
-    """Our own bars are shown; those of the libraries below, and their advice, are not."""
-    from transformers.utils import logging
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        logging.enable_progress_bar()

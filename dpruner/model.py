@@ -26,6 +26,20 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}   # as safetensors calls them
 
 
+@contextlib.contextmanager
+def quiet_libraries():
+    """While open, transformers shows neither its progress bars nor its advice: commands and jobs have their own."""
+    from transformers.utils import logging
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        logging.enable_progress_bar()
+
+
 def pick_device(device: str | None = None) -> torch.device:
     """The device to compute on: the one named, else CUDA, else MPS, else the CPU.
 

@@ -8,9 +8,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import torch
+from torch import nn
 
 from dpruner import baselines, calibration, store
 from dpruner.calibration import load_calibration, load_texts
@@ -33,7 +35,7 @@ def run(config: RunConfig, *, runs: str | Path = "runs", cache: str | Path = "ca
         watch: Callable[[Status], None] | None = None) -> Run:
     """Prune a model for each domain with each method, evaluate, and keep everything in a run folder.
 
-    Whatever a user may have got wrong is found before the folder is made.
+    Whatever a user may have got wrong is found before a folder is made.
 
     Args:
         config: what to do.
@@ -50,43 +52,66 @@ def run(config: RunConfig, *, runs: str | Path = "runs", cache: str | Path = "ca
         KeyboardInterrupt: after status.json says "cancelled".
     """
     config.check()
+    if folder is None:
+        prepared = prepare(config)
+        run = store.new_run(runs, config.title)
+    else:
+        prepared, run = None, Run(folder)
+    with Status(run.folder, watch) as status:
+        execute(run, config, prepared or prepare(config), Path(cache), status)
+    return run
+
+
+class Prepared(NamedTuple):
+    """All that a run takes in, loaded and found to fit together."""
+
+    model: nn.Module
+    tokenizer: object
+    texts: "Texts"
+    sparsity: float      # of the prunable weights
+    fingerprint: str     # of the model
+
+def prepare(config: RunConfig) -> Prepared:
+    """Load the model and the text, and refuse what does not fit together.
+
+    Raises:
+        InputError: one sentence on what is wrong.
+    """
     model, tokenizer = load_model(config.model, revision=config.revision, device=config.device, dtype=config.dtype)
     require_length(model, config.seqlen)
     require_length(model, config.eval_seqlen or 0, "eval_seqlen")
-    texts = Texts(config, tokenizer)
-    sparsity = prunable_sparsity(config, model)
+    return Prepared(model, tokenizer, Texts(config, tokenizer), prunable_sparsity(config, model), fingerprint(model))
 
-    run = Run(folder) if folder else store.new_run(runs, config.title)
-    with Status(run.folder, planned_work(config, texts), watch) as status:
-        store.write_json(run.folder / "run.json", record(config, model, texts))
-        G = cached_general_importance(config, model, texts, Path(cache), status)
-        general_fisher = None
-        if config.compensate == "walk" and config.fisher == "both" and "dpruner" in config.methods:
-            general_fisher = cached(Path(cache), "fisher", {"model": fingerprint(model), "calibration": calibration.fingerprint(texts.general)},
-                                    lambda: fisher_diagonal(model, texts.general, stage="general fisher", progress=status.step))
-        status.about = DENSE
-        dense = perplexities(config, model, tokenizer, texts, texts.heldout, status)
-        metrics = [perplexity_rows(DENSE, label, {text: dense[text] for text in texts.judged(label)}) for label in texts.labels]
-        stats = []
-        for label in texts.labels:
-            status.about = label
-            S = score_domain(config, model, texts.domains[label], G, status)
-            for method in config.methods:
-                status.about = f"{method} for {label}"
-                scores = score(method, config, model, texts, label, S, status)
-                kept = prune(method, config, model, texts, label, scores, sparsity, general_fisher, status)
-                save(run, method, label, scores, kept)
-                stats.append(matrix_stats(model, kept.masks, scores).assign(method=method, domain=label))
-                with pruned(model, kept.masks, kept.weights):
-                    found = perplexities(config, model, tokenizer, texts, texts.judged(label), status)
-                metrics.append(perplexity_rows(method, label, found))
-                metrics.append(described(model, method, label, kept.masks))
-            if "dpruner" in config.methods:
-                metrics.append(lambda_changes(config, label, S, sparsity))
-        metrics.append(similarities(run, config, texts.labels))
-        store.write_table(run.folder / "stats.parquet", pd.concat(stats, ignore_index=True))
-        store.write_table(run.folder / "metrics.parquet", pd.concat([m for m in metrics if len(m)], ignore_index=True))
-    return run
+
+def execute(run: Run, config: RunConfig, prepared: Prepared, cache: Path, status: Status) -> None:
+    """The method, from general importance to the tables of a run."""
+    model, tokenizer, texts, sparsity, _ = prepared
+    status.plan = planned_work(config, texts)
+    store.write_json(run.folder / "run.json", record(config, prepared))
+
+    G = cached_general_importance(config, prepared, cache, status)
+    general_fisher = cached_general_fisher(config, prepared, cache, status)
+    status.about = DENSE
+    dense = perplexities(config, model, tokenizer, texts, texts.heldout, status)
+    metrics = [perplexity_rows(DENSE, label, {text: dense[text] for text in texts.judged(label)}) for label in texts.labels]
+    stats = []
+    for label in texts.labels:
+        status.about = label
+        S = score_domain(config, model, texts.domains[label], G, status)
+        for method in config.methods:
+            status.about = f"{method} for {label}"
+            scores = score(method, config, model, texts, label, S, status)
+            kept = prune(method, config, model, texts, label, scores, sparsity, general_fisher, status)
+            save(run, method, label, scores, kept)
+            stats.append(matrix_stats(model, kept.masks, scores).assign(method=method, domain=label))
+            with pruned(model, kept.masks, kept.weights):
+                found = perplexities(config, model, tokenizer, texts, texts.judged(label), status)
+            metrics += [perplexity_rows(method, label, found), described(model, method, label, kept.masks)]
+        if "dpruner" in config.methods:
+            metrics.append(lambda_changes(config, label, S, sparsity))
+    metrics.append(similarities(run, config, texts.labels))
+    store.write_table(run.folder / "stats.parquet", pd.concat(stats, ignore_index=True))
+    store.write_table(run.folder / "metrics.parquet", pd.concat([m for m in metrics if len(m)], ignore_index=True))
 
 
 class Texts:
@@ -135,8 +160,9 @@ def prunable_sparsity(config: RunConfig, model) -> float:
     return wanted
 
 
-def record(config: RunConfig, model, texts: Texts) -> dict:
+def record(config: RunConfig, prepared: Prepared) -> dict:
     """run.json: enough to repeat the run, and to notice when it would not be the same."""
+    model, texts = prepared.model, prepared.texts
     prunable, total = count_weights(model)
     packages = {p: version(p) for p in ("torch", "transformers", "datasets", "safetensors")}
     return {
@@ -144,7 +170,7 @@ def record(config: RunConfig, model, texts: Texts) -> dict:
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": {"python": platform.python_version(), **packages},
         "device": {"type": model.device.type, "threads": torch.get_num_threads(), "precision": str(model.dtype).removeprefix("torch.")},
-        "model": {"class": type(model).__name__, "fingerprint": fingerprint(model), "commit": getattr(model.config, "_commit_hash", None),
+        "model": {"class": type(model).__name__, "fingerprint": prepared.fingerprint, "commit": getattr(model.config, "_commit_hash", None),
                   "prunable_weights": prunable, "weights": total, "skipped": skipped_weights(model)},
         "calibration": {label: calibration.fingerprint(b) for label, b in {texts.open_label: texts.general, **texts.domains}.items()},
     }
@@ -164,12 +190,25 @@ def cached(folder: Path, kind: str, key: Mapping, compute) -> Scores:
     return scores
 
 
-def cached_general_importance(config: RunConfig, model, texts: Texts, cache: Path, status: Status) -> Scores:
+def cached_general_importance(config: RunConfig, prepared: Prepared, cache: Path, status: Status) -> Scores:
     """G for the run, shared with every other run of the same model, calibration and settings."""
-    key = {"model": fingerprint(model), "calibration": calibration.fingerprint(texts.general), "mode": config.general_mode,
-           "sparsity": config.general_sparsity, "device": model.device.type, "torch": version("torch")}
+    key = {**_cache_key(prepared), "mode": config.general_mode, "sparsity": config.general_sparsity}
     return cached(cache, "general", key, lambda: general_importance(
-        model, texts.general, config.general_sparsity, config.general_mode, progress=status.step))
+        prepared.model, prepared.texts.general, config.general_sparsity, config.general_mode, progress=status.step))
+
+
+def cached_general_fisher(config: RunConfig, prepared: Prepared, cache: Path, status: Status) -> Scores | None:
+    """The open domain's Fisher where the dual walk regards both sides, shared like G; None where it is not asked for."""
+    if config.compensate != "walk" or config.fisher != "both" or "dpruner" not in config.methods:
+        return None
+    return cached(cache, "fisher", _cache_key(prepared), lambda: fisher_diagonal(
+        prepared.model, prepared.texts.general, stage="general fisher", progress=status.step))
+
+
+def _cache_key(prepared: Prepared) -> dict:
+    """What decides the bits of anything computed on the open domain."""
+    return {"model": prepared.fingerprint, "calibration": calibration.fingerprint(prepared.texts.general),
+            "device": prepared.model.device.type, "torch": version("torch")}
 
 
 def score_domain(config: RunConfig, model, batches, G: Scores, status: Status) -> DomainImportance:

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
+
 from dpruner.errors import InputError
 from dpruner.store import write_json
 
@@ -15,24 +17,29 @@ FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "your share of the disk 
 REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
 
 
+def identity() -> dict:
+    """Who writes a status: process id, and when that process was born, because ids are given out again."""
+    return {"pid": os.getpid(), "pid_born": psutil.Process().create_time()}
+
+
 class Status:
     """Keeps status.json true while a run is in its `with`: running, then done, failed or cancelled.
 
     Args:
         folder: of the run.
-        plan: [(stage, cost)] in the order the stages come; costs in any unit, for the share done and the time left.
         watch: called with this object after every step.
 
     Attributes:
+        plan: [(stage, cost)] in the order the stages come; costs in any unit, for the share done and the time left.
         about: what the current stage works on, for people to read.
         stage, done, total: the current stage and how many of its steps are done.
     """
 
-    def __init__(self, folder: Path, plan: list[tuple[str, float]], watch: Callable[["Status"], None] | None = None):
-        self.path, self.plan, self.watch = folder / "status.json", plan, watch
+    def __init__(self, folder: Path, watch: Callable[["Status"], None] | None = None):
+        self.path, self.plan, self.watch = folder / "status.json", [], watch
         self.at, self.began, self.written = -1, time.time(), 0.0
         self.about = ""
-        self.stage, self.done, self.total = "starting", 0, 1
+        self.stage, self.done, self.total = "loading model and text", 0, 1
 
     def __enter__(self) -> "Status":
         try:
@@ -98,5 +105,5 @@ class Status:
         write_json(self.path, {"state": state, "stage": self.stage, "about": self.about, "done": self.done, "total": self.total,
                                "progress": 1.0 if over else round(self.share, 4),
                                "eta_seconds": 0.0 if over else self.eta and round(self.eta, 1),
-                               "elapsed_seconds": round(time.time() - self.began, 1), "pid": os.getpid(), "error": error})
+                               "elapsed_seconds": round(time.time() - self.began, 1), "error": error, **identity()})
         self.written = time.time()
