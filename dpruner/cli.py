@@ -153,13 +153,15 @@ def show(result: dict, console: Console) -> None:
             _add_row(table, figure, row)
     console.print(table)
     if result["similarity"]:
-        masks = Table(box=box.SIMPLE_HEAD, title="Similarity of the domains' masks", caption="Jaccard: weights both keep / weights either keeps. 1 is the same mask.")
+        masks = Table(box=box.SIMPLE_HEAD, title="Similarity of the domains' masks", caption="Jaccard: weights both keep, of those either keeps; between what two\n"
+                      "random masks share and what two halves of the same domain's text share.")
         for name in ("method", "domains"):
             masks.add_column(name)
-        for name in ("Jaccard", "two random masks"):
+        for name in ("random", "Jaccard", "same domain"):
             masks.add_column(name, justify="right")
         for s in result["similarity"]:
-            masks.add_row(s["method"], " · ".join(s["domains"]), f"{s['jaccard']:.4f}", f"{s['floor']:.4f}")
+            masks.add_row(s["method"], " · ".join(s["domains"]), f"{s['floor']:.4f}", f"{s['jaccard']:.4f}",
+                          f"{s['ceiling']:.4f}" if s["ceiling"] is not None else "–")
         console.print(masks)
     for domain, c in result["lambda"].items():
         console.print(f"λ changed {c['changed']:,} of {c['of']:,} mask decisions for {domain} ({c['changed'] / c['of']:.2%}).")

@@ -7,7 +7,7 @@ from torch import nn
 
 from dpruner.errors import InputError
 from dpruner.model import max_length
-from dpruner.walk import Progress, quiet
+from dpruner.walk import TOKENS_PER_PASS, Progress, quiet
 
 RESAMPLES = 2000
 
@@ -56,7 +56,7 @@ def windows(length: int, seqlen: int, stride: int) -> list[tuple[int, int, int]]
 
 
 @torch.inference_mode()
-def perplexity(model: nn.Module, tokenizer, texts: list[str], seqlen: int | None = None, stride: int | None = None, *, batch_size: int = 8,
+def perplexity(model: nn.Module, tokenizer, texts: list[str], seqlen: int | None = None, stride: int | None = None, *, batch_size: int | None = None,
                seed: int = 0, stage: str = "perplexity", progress: Progress = quiet) -> Estimate:
     """Perplexity over texts, each its own context: windows of `seqlen` tokens every `stride`, of which only the new tokens count.
 
@@ -64,7 +64,7 @@ def perplexity(model: nn.Module, tokenizer, texts: list[str], seqlen: int | None
         texts: documents; one of fewer than two tokens says nothing and is passed over.
         seqlen: tokens a window; default 2,048 or the model's maximum.
         stride: default half the window, at most 512.
-        batch_size: windows a forward pass; changes the result by rounding only.
+        batch_size: windows a forward pass, default as many as make 1,024 tokens; changes the result by rounding only.
         seed: of the bootstrap, which resamples windows.
 
     Returns:
@@ -88,6 +88,7 @@ def perplexity(model: nn.Module, tokenizer, texts: list[str], seqlen: int | None
         raise InputError("The perplexity cannot be computed", "the texts hold no two tokens in a row", "give at least one sentence of text")
     order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i][0]))   # like lengths together, so that little is padded
     sums, counts = np.zeros(len(pieces)), np.zeros(len(pieces))
+    batch_size = batch_size or max(1, TOKENS_PER_PASS // len(pieces[order[0]][0]))
     for at in range(0, len(order), batch_size):
         progress(stage, at, len(order))
         chosen = order[at:at + batch_size]

@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from dpruner.config import RunConfig, split_domain
 from dpruner.errors import InputError
@@ -48,19 +48,23 @@ def export(run: Run | str | Path, method: str, domain: str, to: str | Path) -> P
                          "restore the model, or run again")
     masks, weights = run.masks(method, domain), run.weights(method, domain)
     stored = stored_precision(config.model, revision)
-    to.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{to.name}.", dir=to.parent) as scratch:
-        folder = Path(scratch) / "model"
-        with pruned(model, masks, weights):
-            model.to(stored).save_pretrained(folder)   # in the precision it came in: no larger, and kept weights bit for bit
-        tokenizer.save_pretrained(folder)
-        write_masks(folder / MASK_FILE, masks)
-        zeros = verify(folder, masks)
-        prunable, total = count_weights(model)
-        (folder / "README.md").write_text(model_card(run, config, method, domain, zeros, prunable, total), encoding="utf-8")
-        if to.is_dir():
-            to.rmdir()
-        shutil.move(folder, to)
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{to.name}.", dir=to.parent) as scratch:
+            folder = Path(scratch) / "model"
+            with pruned(model, masks, weights):
+                model.to(stored).save_pretrained(folder)   # in the precision it came in: no larger, and kept weights bit for bit
+            tokenizer.save_pretrained(folder)
+            write_masks(folder / MASK_FILE, masks)
+            zeros = verify(folder, masks)
+            prunable, total = count_weights(model)
+            (folder / "README.md").write_text(model_card(run, config, method, domain, zeros, prunable, total), encoding="utf-8")
+            if to.is_dir():
+                to.rmdir()
+            shutil.move(folder, to)
+    except (OSError, SafetensorError) as error:   # safetensors wraps what the system said
+        raise InputError(f"The export could not be written to {str(to)!r}", (getattr(error, "strerror", None) or str(error)).lower(),
+                         "free some space, or name another folder") from error
     return to
 
 

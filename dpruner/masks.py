@@ -245,11 +245,23 @@ def rank_bins(scores: torch.Tensor, transposed: bool = False) -> torch.Tensor:
     Returns:
         uint8, same shape.
     """
+    return ranked(scores, transposed)[0]
+
+
+def ranked(scores: torch.Tensor, transposed: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rank_bins`, and the scores between which the bins lie: what turns a rank back into a score, to 1/256 of the weights.
+
+    Returns:
+        (uint8 bins as stored, float32 (257,): lowest score of each bin, then the highest of all).
+    """
     rows = as_rows(scores, transposed)
-    order = rows.reshape(-1).argsort(stable=True)
+    values, order = rows.reshape(-1).sort(stable=True)
+    size = order.numel()
     bins = torch.empty_like(order, dtype=torch.uint8)
-    bins[order] = (torch.arange(order.numel(), device=order.device) * BINS // order.numel()).to(torch.uint8)
-    return as_rows(bins.view(rows.shape), transposed).contiguous()
+    bins[order] = (torch.arange(size, device=order.device) * BINS // size).to(torch.uint8)
+    first = -(-torch.arange(BINS, device=order.device) * size // BINS)   # ceil(bin · size / 256): the first rank in the bin
+    edges = torch.cat([values[first.clamp(max=size - 1)], values[-1:]]).float()
+    return as_rows(bins.view(rows.shape), transposed).contiguous(), edges
 
 
 def jaccard(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> float:

@@ -6,6 +6,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -22,13 +23,14 @@ from dpruner.domain import DomainImportance, FineTune, domain_importance, fisher
 from dpruner.errors import InputError
 from dpruner.evaluate import Estimate, perplexity
 from dpruner.general import general_importance
-from dpruner.masks import Scores, jaccard, jaccard_floor, make_masks, pruned, rank_bins, sparsity_of
+from dpruner.masks import Scores, jaccard, jaccard_floor, make_masks, pruned, ranked, sparsity_of
 from dpruner.model import count_weights, fingerprint, load_model, require_length, skipped_weights
 from dpruner.stats import matrix_stats
 from dpruner.status import Status
 from dpruner.store import Run
 
-DENSE = "dense"   # the method's name in tables where nothing is pruned
+DENSE = "dense"                  # the method's name in tables where nothing is pruned
+HALVED = ("dpruner", "domain")   # methods whose masks two halves of a calibration set can disagree on
 
 
 def run(config: RunConfig, *, runs: str | Path = "runs", cache: str | Path = "cache", folder: str | Path | None = None,
@@ -108,7 +110,12 @@ def execute(run: Run, config: RunConfig, prepared: Prepared, cache: Path, status
                 found = perplexities(config, model, tokenizer, texts, texts.judged(label), status)
             metrics += [perplexity_rows(method, label, found), described(model, method, label, kept.masks)]
         if "dpruner" in config.methods:
+            save_ranks(run, "domain", label, S.domain)    # the two sides that the dual score weighs, for whoever wants to see them
+            save_ranks(run, "general", label, S.general)
             metrics.append(lambda_changes(config, label, S, sparsity))
+        if wants_halves(config):
+            status.about = f"two halves of {label}"
+            metrics.append(score_halves(run, config, prepared, label, G, sparsity, status))
     metrics.append(similarities(run, config, texts.labels))
     store.write_table(run.folder / "stats.parquet", pd.concat(stats, ignore_index=True))
     store.write_table(run.folder / "metrics.parquet", pd.concat([m for m in metrics if len(m)], ignore_index=True))
@@ -256,9 +263,42 @@ def save(run: Run, method: str, label: str, scores: Scores | None, kept: Compens
     """Masks, ranks and moved weights into the run folder."""
     store.write_masks(run.path("masks", method, label), kept.masks)
     if scores is not None:
-        store.write_tensors(run.path("ranks", method, label), {n: rank_bins(s, n in scores.transposed) for n, s in scores.items()})
+        save_ranks(run, method, label, scores)
     if kept.weights is not None:
         store.write_tensors(run.path("weights", method, label), kept.weights)
+
+
+def save_ranks(run: Run, method: str, label: str, scores: Scores) -> None:
+    """The rank of every weight in its matrix, and the scores at the edges of the 256 bins."""
+    if run.path("ranks", method, label).is_file():
+        return
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:   # sorting one matrix keeps one processor busy
+        found = dict(zip(scores, pool.map(lambda n: ranked(scores[n], n in scores.transposed), scores), strict=True))
+    store.write_tensors(run.path("ranks", method, label), {n: bins for n, (bins, _) in found.items()})
+    store.write_tensors(run.path("edges", method, label), {n: edges for n, (_, edges) in found.items()})
+
+
+def wants_halves(config: RunConfig) -> bool:
+    """Whether ceilings are asked for and there is something to halve; the masks of a dual walk do not come from scores."""
+    return config.halves and config.nsamples > 1 and config.compensate != "walk" and bool(set(HALVED) & set(config.methods))
+
+
+def score_halves(run: Run, config: RunConfig, prepared: Prepared, label: str, G: Scores, sparsity: float, status: Status) -> pd.DataFrame:
+    """Masks from two halves of the same domain's calibration: what they share is the most that two domains could.
+
+    Saved beside the others under the labels "<domain>~1" and "<domain>~2".
+    """
+    batches, found = prepared.texts.domains[label], []
+    halves = [score_domain(config, prepared.model, half, G, status) for half in (batches[0::2], batches[1::2])]
+    for method in [m for m in HALVED if m in config.methods]:
+        masks = []
+        for number, S in enumerate(halves, 1):
+            scores = S.dual if method == "dpruner" else S.domain
+            save_ranks(run, method, f"{label}~{number}", scores)
+            masks.append(make_masks(scores, None if ":" in config.granularity else sparsity, config.granularity))
+            store.write_masks(run.path("masks", method, f"{label}~{number}"), masks[-1])
+        found.append(exact(method, label, label, "jaccard ceiling", jaccard(*masks), sum(m.numel() for m in masks[0].values())))
+    return rows(*found)
 
 
 METRIC_COLUMNS = ("method", "domain", "text", "metric", "value", "low", "high", "n")
@@ -339,4 +379,6 @@ def planned_work(config: RunConfig, texts: Texts) -> list[tuple[str, float]]:
             elif config.compensate == "after":
                 plan.append(("compensation", 2 * walk))
             plan += evaluation[label]
+        if wants_halves(config):
+            plan += 2 * [("domain importance", passes * tokens / 2 * (config.epochs if config.finetune else 1))]
     return plan

@@ -8,7 +8,7 @@ def summary(run: Run) -> dict:
 
     Returns:
         {"id", "folder", "state", "rows": one per method and domain with its perplexities as {text: {value, low, high, n}} and both sparsities,
-        "dense": {domain: perplexities}, "similarity": one per method and pair of domains with its floor, "lambda": {domain: {changed, of}}}.
+        "dense": {domain: perplexities}, "similarity": one per method and pair of domains with its floor and ceiling, "lambda": {domain: {changed, of}}}.
     """
     table = run.metrics()
     rows, dense = [], {}
@@ -23,7 +23,9 @@ def summary(run: Run) -> dict:
                      "sparsity of prunable weights": exact["sparsity of prunable weights"],
                      "sparsity of the whole model": exact["sparsity of the whole model"]})
     floors = table[table.metric == "jaccard floor"].set_index(["method", "domain", "text"]).value
-    similarity = [{"method": r.method, "domains": [r.domain, r.text], "jaccard": r.value, "floor": floors[r.method, r.domain, r.text]}
+    ceilings = table[table.metric == "jaccard ceiling"].set_index(["method", "domain"]).value
+    similarity = [{"method": r.method, "domains": [r.domain, r.text], "jaccard": r.value, "floor": floors[r.method, r.domain, r.text],
+                   "ceiling": float(ceilings.reindex([(r.method, r.domain), (r.method, r.text)]).mean()) if r.method in ceilings else None}
                   for r in table[table.metric == "jaccard"].itertuples()]
     changed = {r.domain: {"changed": int(r.value), "of": int(r.n)} for r in table[table.metric == "decisions changed by λ"].itertuples()}
     return {"id": run.id, "folder": str(run.folder), "state": run.status["state"], "rows": rows, "dense": dense, "similarity": similarity,

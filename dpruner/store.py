@@ -65,6 +65,19 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
             if code:
                 raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
             raise
+        _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file in order: the library shuffles it, and the same content must be the same bytes."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        data = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(data) <= size:
+            file.seek(8)
+            file.write(data.ljust(size))
 
 
 def read_tensors(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
@@ -205,12 +218,13 @@ class Run:
         return read_json(self.folder / "status.json")
 
     def path(self, kind: str, method: str, domain: str) -> Path:
-        """Where masks, ranks or weights of a method and domain (by its label) lie."""
+        """Where masks, ranks, edges or weights of a method and domain (by its label) lie."""
         return self.folder / kind / f"{method}@{domain}.safetensors"
 
     def pairs(self) -> list[tuple[str, str]]:
-        """(method, domain) of every mask in the run."""
-        return [tuple(p.stem.split("@", 1)) for p in sorted((self.folder / "masks").glob("*@*.safetensors"))]
+        """(method, domain) of every mask in the run; those of half a domain's text ("legal~1") are not among them."""
+        found = [tuple(p.stem.split("@", 1)) for p in sorted((self.folder / "masks").glob("*@*.safetensors"))]
+        return [(method, domain) for method, domain in found if "~" not in domain]
 
     def masks(self, method: str, domain: str) -> dict[str, torch.Tensor]:
         """{name: BoolTensor, True = kept}."""
