@@ -7,7 +7,7 @@ import pytest
 import torch
 from families import tiny, tiny_tokenizer
 
-from dpruner import RunConfig, pipeline
+from dpruner import RunConfig, pipeline, report
 
 SMALL = {"nsamples": 4, "seqlen": 16, "eval_documents": 1, "eval_seqlen": 128}
 
@@ -41,6 +41,7 @@ def small(llama, tmp_path_factory) -> SimpleNamespace:
     Attributes:
         run, config: the Run, and the RunConfig it was asked for.
         runs, cache: the folders it wrote to.
+        summary: what report.summary says of it.
         seen: (stage, share of the work done) at every step that was reported.
     """
     root = tmp_path_factory.mktemp("small")
@@ -50,7 +51,7 @@ def small(llama, tmp_path_factory) -> SimpleNamespace:
     torch.set_num_threads(1)
     run = pipeline.run(config, runs=root / "runs", cache=root / "cache", watch=lambda status: seen.append((status.stage, status.share)))
     torch.set_num_threads(before)
-    return SimpleNamespace(run=run, config=config, runs=root / "runs", cache=root / "cache", seen=seen)
+    return SimpleNamespace(run=run, config=config, runs=root / "runs", cache=root / "cache", summary=report.summary(run), seen=seen)
 
 
 @pytest.fixture(scope="session")
