@@ -105,6 +105,8 @@ class RunConfig:
         for name, least in (("nsamples", 1), ("seqlen", 2), ("epochs", 1), ("eval_documents", 1), ("eval_seqlen", 2), ("seed", 0)):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise InputError(f"{name} = {getattr(self, name)} cannot be used", f"it is a count of {least} or more", "give a larger number")
+        if self.seed >= 2**63:
+            raise InputError(f"seed = {self.seed} cannot be used", "random numbers start from a whole number below 2⁶³", "give a smaller number")
         if self.lam is not None and not 0 <= self.lam < float("inf"):
             raise InputError(f"λ = {self.lam} cannot be used", "it weighs the general side and is 0 or more", "give a number such as 1")
 

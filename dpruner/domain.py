@@ -11,7 +11,7 @@ from torch import nn
 from dpruner.errors import InputError
 from dpruner.formulas import DEFAULT_LAM, FORMULAS, balanced, relative_
 from dpruner.masks import Scores, precise
-from dpruner.model import blank_scores, prunable_linears, require_length, transposed_names
+from dpruner.model import blank_scores, prunable_linears, require_batches, transposed_names
 from dpruner.walk import Progress, quiet, stack
 
 ALPHA = 0.03              # learning rate of the published recipe, α of the penalty
@@ -58,9 +58,9 @@ def next_token_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def consumed_gradients(parameters: Mapping[str, nn.Parameter], consume: Callable[[str, torch.Tensor], None]):
-    """While open, backward hands each gradient of these parameters over the moment it is complete, and frees it.
+    """While open, these parameters ask for gradients, and backward hands each over the moment it is complete and frees it.
 
-    Gradients of all other parameters of the same tensors are not computed. `requires_grad` is as before on exit.
+    `requires_grad` is as before on exit.
     """
     def hook(name):
         def take(p):
@@ -148,9 +148,7 @@ def stream_gradients(model: nn.Module, batches: list[torch.Tensor], consume: Cal
     Raises:
         InputError: no batches, too long ones, or a loss that is not finite.
     """
-    if not batches:
-        raise InputError("There is nothing to calibrate on", "the list of batches is empty", "load at least one sequence")
-    require_length(model, max(b.shape[1] for b in batches))
+    require_batches(model, batches)
     linears = prunable_linears(model)
     take = _by_parts(linears, consume, _loss_scale(model))
     losses = []
@@ -175,13 +173,15 @@ def _by_parts(linears, consume, scale: float):
 
 def _tune_and_stream(model, batches, consume, tune: FineTune, *, stage, progress) -> list[float]:
     """As `stream_gradients`, with a step of SGD after each batch. The first backward pass measures the norm and is scored, the second updates."""
-    batches = stack([b[:, :tune.seqlen] for b in batches], tune.batch_size) * tune.epochs
+    batches = [b[:, :tune.seqlen] for b in batches]
+    require_batches(model, batches)
+    batches = stack(batches, tune.batch_size) * tune.epochs
     trainable = dict(model.named_parameters())
     prunable = prunable_linears(model)
     scale = _loss_scale(model)
     take = _by_parts(prunable, consume, scale)
     losses = []
-    with _restored(model):
+    with _frozen(model), _restored(model):
         for step, ids in enumerate(batches):
             progress(stage, step, len(batches))
             squares = []

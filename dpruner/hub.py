@@ -98,7 +98,7 @@ def documents(name: str, split: str, column: str | None = None) -> Iterator[Iter
         raise InputError(f"The hub data set {name!r} cannot be downloaded", f"it has no public copy ({entry.licence})", entry.note)
     hub_split = entry.heldout if split == "heldout" and entry.heldout else entry.calibration
     where = {"revision": entry.revision, "data_files": entry.data_files, "streaming": entry.streaming}
-    with _impatient_hub() as reachable:
+    with impatient() as reachable:
         try:
             rows = datasets.load_dataset(entry.repository, entry.config, split=hub_split, **where)
             texts = (_row_text(row, entry.text, column, name) for row in rows)
@@ -131,7 +131,7 @@ def _joined(texts: Iterable[str], start: str) -> Iterator[str]:
 
 
 @contextmanager
-def _impatient_hub() -> Iterator[bool]:
+def impatient() -> Iterator[bool]:
     """Makes an unreachable hub fail at once, for the length of a `with`; yields whether it was reached.
 
     By themselves the libraries try again for minutes. Offline mode is quick, and still finds what was downloaded before.

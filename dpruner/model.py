@@ -80,7 +80,7 @@ def load_model(name: str = STARTER, *, revision: str | None = None, device: str 
     source = _source(name)
     where = {"revision": revision, "trust_remote_code": False}   # left out, transformers would ask on the terminal, and take "y" from a pipe
     _require_files(name, source)
-    with contextlib.nullcontext() if _is_folder(source) else hub._impatient_hub():
+    with contextlib.nullcontext() if _is_folder(source) else hub.impatient():
         config = _load_config(name, source, where)
         tokenizer = _guarded(name, lambda: AutoTokenizer.from_pretrained(source, **where))
         model, info = _guarded(name, lambda: AutoModelForCausalLM.from_pretrained(
@@ -310,6 +310,20 @@ def require_length(model: nn.Module, seqlen: int, setting: str = "seqlen") -> No
     limit = max_length(model)
     if limit and seqlen > limit:
         raise InputError(f"Sequences of {seqlen} tokens are too long", f"the model was built for at most {limit}", f"set {setting} to {limit} or less")
+
+
+def require_batches(model: nn.Module, batches: list[torch.Tensor]) -> None:
+    """Refuse calibration that is empty or has sequences the model has no positions for.
+
+    Args:
+        batches: LongTensors (b, seqlen).
+
+    Raises:
+        InputError: says which.
+    """
+    if not batches:
+        raise InputError("There is nothing to calibrate on", "the list of batches is empty", "load at least one sequence")
+    require_length(model, max(b.shape[1] for b in batches))
 
 
 def require_finite(model: nn.Module) -> None:

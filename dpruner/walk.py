@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from dpruner.errors import InputError
 from dpruner.hessian import Hessian
 from dpruner.masks import as_rows, precise
-from dpruner.model import decoder_blocks, linears_of, require_length, stored_transposed
+from dpruner.model import decoder_blocks, linears_of, require_batches, stored_transposed
 
 
 def first(output):
@@ -186,12 +185,10 @@ def walk(model: nn.Module, calibrations: list[list[torch.Tensor]], visit: Callab
     _, blocks = decoder_blocks(model)
     sets = []
     for batches in calibrations:
-        if not batches:
-            raise InputError("There is nothing to calibrate on", "the list of batches is empty", "load at least one sequence")
+        require_batches(model, batches)
         # always the same passes, however the caller batched: which of two equal scores goes can hang on the last bit, and in a walk all that
         # follows hangs on which
         batches = stack(batches)
-        require_length(model, max(b.shape[1] for b in batches))
         recorder = block_calls(model, blocks, batches)
         sets.append((recorder.hidden, recorder.calls))
     for index, block in enumerate(blocks):
