@@ -92,7 +92,7 @@ def command_prune(args: argparse.Namespace) -> None:
     earlier = _config_file(args.config) if args.config else {}
     config = settings(args, earlier)
     config.check()
-    from dpruner import pipeline, report   # torch and transformers are slow to import: bad settings are refused before
+    from dpruner import pipeline, report
     from dpruner.model import quiet_libraries
     with quiet_libraries(), _watching() as watch:
         run = pipeline.run(config, runs=args.runs, cache=args.cache, watch=watch)
@@ -184,13 +184,21 @@ def command_runs(args: argparse.Namespace) -> None:
             result = report.summary(run)
             return print(json.dumps(result, ensure_ascii=False)) if args.json else show(result, Console(highlight=False))
         return print(json.dumps(status, ensure_ascii=False) if args.json else f"{run.id}: {_told(status)}")
-    listed = [{"id": run.id, "folder": str(run.folder), **run.status} for run in store.find_runs(args.runs)]
+    listed = [{"id": run.id, "folder": str(run.folder), **_status(run)} for run in store.find_runs(args.runs)]
     if args.json:
         return print(json.dumps(listed, ensure_ascii=False))
     for status in listed:
         print(f"{status['id']}: {_told(status)}")
     if not listed:
         print(f"There are no runs in {args.runs!r} yet; start one with: python -m dpruner prune")
+
+
+def _status(run) -> dict:
+    """A run's status; a damaged one is told like a failure, so that the others are still listed."""
+    try:
+        return run.status
+    except InputError as error:
+        return {"state": "damaged", "error": {"what": error.what, "why": error.why, "what to do": error.fix}}
 
 
 def _told(status: dict) -> str:

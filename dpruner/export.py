@@ -98,7 +98,7 @@ def model_card(run: Run, config: RunConfig, method: str, domain: str, zeros: int
     sources = dict(split_domain(d) for d in config.domains)
     table = ["| model | held-out text | perplexity | 95 % interval | windows |", "|---|---|---|---|---|", *lines] if lines else ["Not evaluated."]
     return "\n".join([
-        "---", f"base_model: {config.model}", "tags: [pruning, sparse, d-pruner]", "---", "",
+        "---", f"base_model: {config.model if not Path(config.model).exists() else Path(config.model).name}", "tags: [pruning, sparse, d-pruner]", "---", "",
         f"# {Path(config.model).name}, pruned for {domain} with {method}", "",
         f"{zeros:,} of {prunable:,} prunable weights are zero ({zeros / prunable:.2%}; {zeros / total:.2%} of the whole model), counted in these files.",
         f"Calibrated on {config.nsamples} sequences of {config.seqlen} tokens from {Path(sources.get(domain, domain)).name} "

@@ -237,7 +237,7 @@ def unpack(bits: torch.Tensor, shape: Collection[int]) -> torch.Tensor:
 def rank_bins(scores: torch.Tensor, transposed: bool = False) -> torch.Tensor:
     """Each weight's rank in its matrix, in 256 equal bins, 0 the lowest: `⌊256 · rank / size⌋`.
 
-    `rank_bins(S) >= 256 · s` is the mask of sparsity s at granularity "matrix", exactly where 256 · s is whole, within 1/256 elsewhere.
+    `rank_bins(S) >= 256 · s` is the mask of sparsity s at granularity "matrix", exactly where 256 · s and s · size are whole, within 1/256 elsewhere.
 
     Args:
         scores: Tensor as stored; ties by lower index of the (out, in) order, as in `make_masks`.

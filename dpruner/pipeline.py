@@ -289,7 +289,9 @@ def score_halves(run: Run, config: RunConfig, prepared: Prepared, label: str, G:
     Saved beside the others under the labels "<domain>~1" and "<domain>~2".
     """
     batches, found = prepared.texts.domains[label], []
-    halves = [score_domain(config, prepared.model, half, G, status) for half in (batches[0::2], batches[1::2])]
+    # neighbours overlap where the text is short, so the halves are the first and the last windows, not every other one
+    middle = len(batches) // 2
+    halves = [score_domain(config, prepared.model, half, G, status) for half in (batches[:middle], batches[middle:])]
     for method in [m for m in HALVED if m in config.methods]:
         masks = []
         for number, S in enumerate(halves, 1):

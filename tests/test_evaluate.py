@@ -98,7 +98,8 @@ def test_windows_cover_every_token_but_the_first_exactly_once(length, seqlen, da
 
 
 @pytest.mark.parametrize("texts, seqlen, stride, word", [
-    ([], None, None, "text"), (["", "a"], None, None, "text"), (TEXTS, 129, None, "128"), (TEXTS, 1, None, "2 to 128"), (TEXTS, 16, 0, "stride"),
+    ([], None, None, "text"), (["", "a"], None, None, "text"), (TEXTS, 129, None, "128"), (TEXTS, 1, None, "2 to 128"),
+    (TEXTS, 16, 0, "stride"),
     (TEXTS, 16, 17, "stride"),
 ])
 def test_what_cannot_be_evaluated_is_refused(texts, seqlen, stride, word):

@@ -21,7 +21,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def run_of(model, tmp_path, **settings) -> Run:
     folder = save(model, tmp_path / "model")
-    config = RunConfig(model=str(folder), domains=("legal",), nsamples=4, seqlen=16, evaluate=False, halves=False, general_mode="static", **settings)
+    config = RunConfig(model=str(folder), domains=("legal",), nsamples=4, seqlen=16, evaluate=False, halves=False, general_mode="static",
+                       **settings)
     return pipeline.run(config, runs=tmp_path / "runs", cache=tmp_path / "cache")
 
 
@@ -57,21 +58,23 @@ def test_an_export_brings_its_mask_and_a_card_that_says_what_was_done(small, tmp
     card = (out / "README.md").read_text(encoding="utf-8")
     zeros, prunable = sum(int((~m).sum()) for m in masks.values()), sum(m.numel() for m in masks.values())
     assert card.startswith("---\nbase_model: ") and f"{zeros:,} of {prunable:,} prunable weights are zero (50.00%;" in card
-    metrics = small.run.metrics()
+    found = small.run.metrics().query("metric == 'perplexity' and domain == 'healthcare' and text == 'general'").set_index("method")
     for method in ("dense", "random"):
-        row = metrics[(metrics.method == method) & (metrics.domain == "healthcare") & (metrics.text == "general") & (metrics.metric == "perplexity")].iloc[0]
+        row = found.loc[method]
         assert f"| {method} | general | {row.value:.2f} | {row.low:.2f} to {row.high:.2f} | {row.n} |" in card
     assert json.loads(card.split("```json\n")[1].split("```")[0]) == small.run.config
     assert "4 sequences of 16 tokens from healthcare" in card and "| magnitude |" not in card
 
 
-@pytest.mark.parametrize("family, stored, loaded", [("gpt2", torch.bfloat16, None), ("llama", torch.float16, "bfloat16"), ("qwen2", torch.float32, None)])
+@pytest.mark.parametrize("family, stored, loaded", [("gpt2", torch.bfloat16, None), ("llama", torch.float16, "bfloat16"),
+                                                    ("qwen2", torch.float32, None)])
 def test_the_precision_on_disk_is_that_of_the_original(family, stored, loaded, tmp_path):
     # gpt2: weights the other way round, and a head tied to the embeddings
     run = run_of(tiny(family).to(stored), tmp_path, methods=("magnitude",), dtype=loaded)
     out = export(run, "magnitude", "legal", tmp_path / "out")
-    original, written, masks = load_file(tmp_path / "model" / "model.safetensors"), load_file(out / "model.safetensors"), run.masks("magnitude", "legal")
-    assert set(original) == set(written) and (out / "model.safetensors").stat().st_size == (tmp_path / "model" / "model.safetensors").stat().st_size
+    before, after = (folder / "model.safetensors" for folder in (tmp_path / "model", out))
+    original, written, masks = load_file(before), load_file(after), run.masks("magnitude", "legal")
+    assert set(original) == set(written) and after.stat().st_size == before.stat().st_size
     assert {t.dtype for t in written.values()} == {stored}
     prefix = "" if set(masks) <= set(written) else next(n for n in masks).partition(".")[0] + "."
     for name, before in original.items():

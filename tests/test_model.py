@@ -36,8 +36,8 @@ def test_every_family_comes_back_from_its_folder_bit_for_bit(family, tmp_path):
     assert list(prunable_linears(loaded)) == list(prunable_linears(model))
 
 
-@pytest.mark.parametrize("asked, found", [(None, torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16),
-                                          (torch.bfloat16, torch.bfloat16)])
+@pytest.mark.parametrize("asked, found", [(None, torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16),
+                                          ("float16", torch.float16), (torch.bfloat16, torch.bfloat16)])
 def test_the_precision_is_the_one_asked_for_and_float32_on_the_cpu(llama, asked, found):
     model, _ = load_model(str(llama), device="cpu", dtype=asked)
     assert {p.dtype for p in model.parameters()} == {found}
@@ -123,7 +123,8 @@ def own_code(folder):
     """A model of an unknown type that brings its code, which would leave a file behind; no tokenizer."""
     for path in folder.glob("tokenizer*"):
         path.unlink()
-    change_config(folder, model_type="own", architectures=["OwnModel"], auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"})
+    change_config(folder, model_type="own", architectures=["OwnModel"],
+                  auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"})
     (folder / "own.py").write_text(f"open({str(folder / 'it-ran')!r}, 'w')\nfrom transformers import PretrainedConfig\n"
                                    "class OwnConfig(PretrainedConfig):\n    model_type = 'own'\n")
 
@@ -131,6 +132,15 @@ def own_code(folder):
 def without_tokenizer(folder):
     for path in folder.glob("tokenizer*"):
         path.unlink()
+
+
+def another_shape(folder):
+    change_weights(folder, lambda weights: weights.update({UP: torch.ones(3, 4)}))
+
+
+def half_a_file(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
 
 
 BROKEN = {   # what is done to the folder of a tiny llama, and words that the refusal must hold beside the folder's name
@@ -142,12 +152,12 @@ BROKEN = {   # what is done to the folder of a tiny llama, and words that the re
     "NaN": (lambda folder: change_weights(folder, set_weight(float("nan"))), UP),
     "infinite": (lambda folder: change_weights(folder, set_weight(float("-inf"))), UP),
     "a weight is missing": (lambda folder: change_weights(folder, lambda weights: weights.pop(UP)), UP),
-    "a weight of another shape": (lambda folder: change_weights(folder, lambda weights: weights.update({UP: torch.ones(3, 4)})), "other shapes"),
+    "a weight of another shape": (another_shape, "other shapes"),
     "large tokenizer": (large_tokenizer, "102 tokens"),
     "no tokenizer": (without_tokenizer, "no tokenizer"),
     "damaged tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{"), "could not be loaded"),
     "own code": (own_code, "never allowed"),
-    "half a file": (lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000]), "could not be loaded"),
+    "half a file": (half_a_file, "could not be loaded"),
     "an empty file": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "could not be loaded"),
     "config is no JSON": (lambda folder: (folder / "config.json").write_text("{model"), "not a valid JSON"),
     "config of nothing": (lambda folder: (folder / "config.json").write_text("{}"), "model_type"),
@@ -166,7 +176,8 @@ def is_one_sentence(error: InputError) -> bool:
     """What is wrong, why, and what to do, on one line."""
     parts = (error.what, error.why, error.fix)
     said = str(error)
-    return all(part.strip() and not part.endswith(".") for part in parts) and "\n" not in said and said == f"{parts[0]}: {parts[1]}; {parts[2]}."
+    whole = all(part.strip() and not part.endswith(".") for part in parts)
+    return whole and "\n" not in said and said == f"{parts[0]}: {parts[1]}; {parts[2]}."
 
 
 @pytest.mark.parametrize("how", BROKEN)
@@ -195,7 +206,8 @@ def test_code_beside_a_known_architecture_is_left_alone(llama, tmp_path, monkeyp
     assert type(model).__module__.startswith("transformers.") and not (folder / "it-ran").exists()
 
 
-@pytest.mark.parametrize("name", ["", "/no/such/folder", "./nowhere", "../nowhere", "~/nowhere", "a/b/c", "x" * 300, "models/nowhere.txt/../deep"])
+@pytest.mark.parametrize("name", ["", "/no/such/folder", "./nowhere", "../nowhere", "~/nowhere", "a/b/c", "x" * 300,
+                                  "models/nowhere.txt/../deep"])
 def test_a_path_that_does_not_exist_is_refused_without_asking_the_hub(name, monkeypatch):
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", None)
     with pytest.raises(InputError) as caught:
