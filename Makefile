@@ -1,8 +1,8 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: setup demo test bench clean
-.DEFAULT_GOAL = demo
+.PHONY: setup app demo test bench screenshots clean
+.DEFAULT_GOAL = app
 
 setup: .venv/ready
 
@@ -12,6 +12,9 @@ setup: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.txt
 	touch $@
 
+app: setup
+	$(BIN)/python -m streamlit run app/main.py
+
 demo: setup
 	$(BIN)/python -m dpruner prune --model starter --domain healthcare --domain legal --method dpruner --method magnitude --method random
 
@@ -20,6 +23,9 @@ test: setup
 
 bench: setup
 	PYTHONPATH=. $(BIN)/python tests/bench.py
+
+screenshots: setup
+	PYTHONPATH=. $(BIN)/python tests/screenshots.py
 
 clean:
 	rm -rf .venv build dist *.egg-info

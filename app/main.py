@@ -1,0 +1,27 @@
+"""Navigation only: `python -m streamlit run app/main.py`."""
+
+import streamlit as st
+
+from app import demo, widgets
+from dpruner.errors import InputError
+
+st.set_page_config(page_title="D-Pruner Studio", page_icon=":material/content_cut:", layout="wide")
+
+PAGES = {
+    "": [st.Page("views/run.py", title="Run", icon=":material/play_circle:", default=True)],
+    "See": [st.Page("views/layers.py", title="Layers", icon=":material/stacks:"),
+            st.Page("views/overlap.py", title="Overlap", icon=":material/join_inner:"),
+            st.Page("views/similarity.py", title="Similarity", icon=":material/grid_on:"),
+            st.Page("views/explore.py", title="Explore", icon=":material/zoom_in:")],
+    "Use": [st.Page("views/generate.py", title="Generate", icon=":material/edit_note:"),
+            st.Page("views/results.py", title="Results", icon=":material/monitoring:")],
+    "Understand": [st.Page("views/learn.py", title="Learn", icon=":material/school:")],
+}
+
+page = st.navigation(PAGES)
+with widgets.guarded():
+    demo.ensure()
+try:
+    page.run()
+except InputError as error:   # whatever a page did not catch itself
+    st.error(str(error), icon=":material/error:")

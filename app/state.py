@@ -1,0 +1,96 @@
+"""The one selection that follows the user through the pages and stands in the URL: run, method, domain, block, module, sparsity."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import streamlit as st
+
+from app import data
+from dpruner import store, worker
+from dpruner.errors import InputError
+from dpruner.store import Run
+
+RUNS = Path(os.environ.get("DPRUNER_RUNS", "runs"))
+CACHE = Path(os.environ.get("DPRUNER_CACHE", "cache"))
+KEYS = ("run", "method", "domain", "block", "module", "sparsity")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What the user looks at; every field is valid for the run.
+
+    Attributes:
+        run: a finished run.
+        method, domain: one of its masks, the domain by its label.
+        block, module: one of its matrices, as `analysis.matrices.split_name` cuts names.
+        sparsity: share removed, 0..1, at which ranks are cut.
+    """
+
+    run: Run
+    method: str
+    domain: str
+    block: int
+    module: str
+    sparsity: float
+
+    @property
+    def matrix(self) -> str:
+        """Full parameter name of the selected matrix."""
+        return data.matrix_name(self.run, self.block, self.module)
+
+
+def finished_runs() -> list[Run]:
+    """Runs that can be looked at, newest first; damaged folders are passed over here and named on the page Run."""
+    found = []
+    for run in store.find_runs(RUNS):
+        try:
+            if worker.state(run)["state"] == "done":
+                found.append(run)
+        except InputError:
+            continue
+    return found
+
+
+def selection() -> Selection | None:
+    """The selection, drawn in the sidebar once per page; None, with a word on what to do, while there is no finished run."""
+    runs = {run.id: run for run in finished_runs()}
+    if not runs:
+        st.info("There is no finished run yet. The page **Run** shows what is being computed, and starts more.")
+        return None
+    with st.sidebar:
+        run = runs[_choice("Run", list(runs), "run")]
+        pairs = data.pairs(run)
+        method = _choice("Method", list(dict.fromkeys(m for m, _ in pairs)), "method")
+        domain = _choice("Domain", [d for m, d in pairs if m == method], "domain")
+        places = data.places(run)
+        block = _choice("Block", sorted(places.block.unique().tolist()), "block")
+        module = _choice("Module", places[places.block == block].module.tolist(), "module")
+        default = round(100 * run.config["sparsity"])
+        sparsity = st.slider("Sparsity (% removed)", 0, 100, _known("sparsity", range(101), default), key="sparsity", bind="query-params",
+                             help="Masks of every sparsity follow from the ranks of the weights: nothing is computed anew.")
+    return Selection(run, method, domain, block, module, sparsity / 100)
+
+
+def choose_matrix(key: str) -> None:
+    """For `on_select` of a chart of layers x modules: the matrix that was clicked becomes the selected one, on every page.
+
+    Args:
+        key: of the chart, whose points carry (block, module, ..).
+    """
+    points = st.session_state[key].selection.points
+    if points:
+        st.session_state["block"], st.session_state["module"] = points[0]["customdata"][:2]
+
+
+def _choice(label: str, options: list, key: str):
+    """A selectbox bound to the URL, which may hold anything: what is not among the options gives way to the first."""
+    _known(key, options, options[0])
+    return st.selectbox(label, options, key=key, bind="query-params")
+
+
+def _known(key: str, options, default):
+    """The widget's value if it is among the options; else the default, also where the URL said something else."""
+    if key in st.session_state and st.session_state[key] not in options:
+        st.session_state[key] = default
+    return default

@@ -1,0 +1,171 @@
+"""The page Overlap: general against domain importance."""
+
+import streamlit as st
+
+from analysis import figures, overlap, tiles, weighing
+from app import data, state, widgets
+from dpruner.formulas import DEFAULT_LAM
+
+GENERAL, DOMAIN, DUAL = "general importance", "domain importance", "the dual score"
+MEASURES = {"jaccard": "Jaccard similarity", "spearman": "Rank correlation", "changed": "Decisions that differ"}
+ALL = (0, 100)   # per cent: a range that leaves nothing out
+
+st.title("Overlap")
+selected = state.selection()
+if selected is None:
+    st.stop()
+
+run, domain, matrix = selected.run, selected.domain, selected.matrix
+where, here = (selected.block, selected.module), f"layer {selected.block}, {selected.module}"
+percent = round(100 * selected.sparsity)
+
+st.markdown(f"Each weight has two ranks in its matrix: by its **{GENERAL}** (what open-domain text loses without it) and by its **{DOMAIN}** "
+            f"(what text on **{domain}** loses). Where both keep a weight there is nothing to decide; the dual score of D-Pruner decides the rest.")
+if any(data.mask_stamp(run, side, domain, False) is None for side in ("general", "domain")):
+    st.info("This run keeps no general and domain importance: they come with the method **dpruner**. Choose another run at the left, or start one "
+            "with that method on the page **Run**.")
+    st.stop()
+
+
+def clickable(made, key: str) -> None:
+    """A chart of layers and modules in which a click selects a matrix."""
+    widgets.chart(made, key, on_select=lambda: state.choose_matrix(key), selection_mode="points")
+
+
+def whole_model(a: str, b: str, key: str):
+    """Overlap of two rankings in all matrices at every sparsity; None while the user has not asked for what takes long."""
+    if data.is_large(run) and not st.toggle("Compare all matrices (reads two ranks of every weight once: this takes a while)", key=f"overlap-{key}"):
+        return None
+    return data.overlaps(run, a, b, domain)
+
+
+def kept_sets() -> None:
+    """Overlap by layer and module, and as a curve."""
+    st.subheader("Kept sets")
+    table = whole_model("general", "domain", "kept")
+    if table is None:
+        return
+    whole = overlap.at_sparsity(table, selected.sparsity, "model").iloc[0]
+    by_matrix = overlap.at_sparsity(table, selected.sparsity)
+    chosen = by_matrix[by_matrix.matrix == matrix].iloc[0]
+    left, middle, right = st.columns(3)
+    left.metric("Jaccard similarity, whole model", f"{whole.jaccard:.3f}", f"random masks: {whole.floor:.3f}", delta_color="off", delta_arrow="off",
+                help="Weights that both keep as a share of those that either keeps, beside what two random masks of this sparsity share.")
+    middle.metric("Rank correlation, whole model", f"{whole.spearman:.3f}", "no relation: 0", delta_color="off", delta_arrow="off",
+                  help="Spearman's correlation of the ranks inside the matrices: 1 is the same order, 0 no relation.")
+    right.metric(f"Jaccard similarity, {here}", f"{chosen.jaccard:.3f}", f"random masks: {chosen.floor:.3f}", delta_color="off", delta_arrow="off")
+    measure = st.segmented_control("Measure", list(MEASURES), default="jaccard", format_func=MEASURES.get, key="overlap-measure", required=True,
+                                   bind="query-params", help="The rank correlation regards all weights, and does not move with the sparsity.")
+    clickable(figures.overlap_heatmap(by_matrix, GENERAL, DOMAIN, measure, where), "overlap-map")
+    curves = {f"whole model ({domain})": ("model", "model"), f"all {selected.module}": ("module", selected.module), here: ("matrix", matrix)}
+    widgets.chart(figures.overlap_curves({name: table[(table.by == by) & (table.group == group)] for name, (by, group) in curves.items()},
+                                         GENERAL, DOMAIN, selected.sparsity), "overlap-curves")
+
+
+def take_brush() -> None:
+    """A box drawn over the plane becomes the two ranges: one truth, in the URL, for mouse and keyboard."""
+    boxes = st.session_state["overlap-plane"].selection.box
+    if boxes:
+        for key, ends in (("overlap-from-general", boxes[0]["x"]), ("overlap-from-domain", boxes[0]["y"])):
+            low, high = (min(max(round(100 * end), 0), 100) for end in (min(ends), max(ends)))
+            st.session_state[key] = (low, high)
+
+
+def clear_brush() -> None:
+    st.session_state["overlap-from-general"] = st.session_state["overlap-from-domain"] = ALL
+
+
+def cut(column, side: str) -> float:
+    """The slider of one side's threshold."""
+    key = f"overlap-{side.lower()}"
+    start = {} if key in st.session_state else {"value": percent}   # a value and a state at once is what Streamlit warns of
+    return column.slider(f"{side} side removes (%)", 0, 100, key=key, bind="query-params", **start,
+                         help=f"Where the threshold of the {side.lower()} importance stands. It moves with the sparsity at the left.") / 100
+
+
+def the_plane() -> None:
+    """The general x domain plane of the selected matrix: regions, a brush, and what the dual score makes of it."""
+    st.subheader(f"The plane of {here}")
+    left, right = st.columns(2)
+    if st.session_state.get("overlap-followed", percent) != percent:   # the thresholds follow the sparsity at the left until they are moved
+        st.session_state["overlap-general"] = st.session_state["overlap-domain"] = percent
+    st.session_state["overlap-followed"] = percent
+    at_general, at_domain = (cut(column, side) for column, side in ((left, "General"), (right, "Domain")))
+    from_general = left.slider("Box: general ranks from, to (%)", *ALL, ALL, key="overlap-from-general", bind="query-params",
+                               help="0 is the least important weight of the matrix, 100 the most. Or draw a box over the plane.")
+    from_domain = right.slider("Box: domain ranks from, to (%)", *ALL, ALL, key="overlap-from-domain", bind="query-params")
+    brushing = (from_general, from_domain) != (ALL, ALL)
+    ranks = data.sides(run, domain, matrix, ("general", "domain"))
+    histogram = overlap.joint_histogram(ranks["general"], ranks["domain"])
+    widgets.chart(figures.plane(histogram, at_general, at_domain, GENERAL, DOMAIN, here,
+                                tuple(end / 100 for end in (*from_general, *from_domain)) if brushing else None),
+                  "overlap-plane", on_select=take_brush, selection_mode="box")
+    brushed(ranks, from_general, from_domain, brushing)
+    kept_of_regions(ranks, at_general, at_domain)
+
+
+def brushed(ranks, from_general, from_domain, brushing: bool) -> None:
+    """Where in the matrix the weights of the drawn box sit."""
+    if not brushing:
+        st.caption("Draw a box over the plane, or move the ranges above it, to see where those weights sit in the matrix.")
+        return
+    flags = overlap.brushed(ranks["general"], ranks["domain"], overlap.bin_range(*from_general), overlap.bin_range(*from_domain))
+    share = float(flags.mean())
+    left, right = st.columns([3, 1], vertical_alignment="center")
+    left.markdown(f"**{int(flags.sum()):,}** of {flags.size:,} weights ({share:.1%}) lie in the box: general ranks {from_general[0]} to "
+                  f"{from_general[1]} %, domain ranks {from_domain[0]} to {from_domain[1]} %.")
+    right.button("Clear the box", on_click=clear_brush)
+    if not flags.any():
+        return
+    widgets.chart(tiles.mask_overview(
+        *overlap.cell_shares(flags), title=f"Where the weights of the box sit in {here}", quantity="share in the box",
+        how=f"The matrix in small rectangles, each coloured by how many of its weights lie in the box; {share:.1%} everywhere if place did not "
+            f"matter. Stripes are rows or columns that are alike."), "overlap-place")
+
+
+def kept_of_regions(ranks, at_general: float, at_domain: float) -> None:
+    """What the dual score keeps of every region."""
+    if data.mask_stamp(run, "dpruner", domain, False) is None:
+        st.info("What the dual score keeps cannot be shown: this run chose its masks inside a walk, which leaves no ranks of the dual score.")
+        return
+    dual = data.sides(run, domain, matrix, ("dpruner",))["dpruner"]
+    counted = overlap.region_histogram(ranks["general"], ranks["domain"], dual, at_general, at_domain)
+    widgets.chart(figures.region_bars(overlap.kept_of_regions(counted, selected.sparsity), selected.sparsity, GENERAL, DOMAIN, DUAL, here),
+                  "overlap-regions")
+
+
+def lambdas() -> None:
+    """How many decisions λ changed, counted for the run's, and for any other where that follows from what is stored."""
+    st.subheader("What λ changed")
+    config = run.config
+    lam = DEFAULT_LAM[config["formula"]] if config["lam"] is None else config["lam"]
+    metrics = data.metrics(run)
+    stored = metrics[(metrics.metric == "decisions changed by λ") & (metrics.domain == domain)]
+    if len(stored):
+        changed, of = stored.value.iloc[0], stored.n.iloc[0]
+        st.markdown(f"λ is the weight of the general side in the dual score. At the run's own sparsity of {config['sparsity']:.0%}, λ = {lam:g} changed "
+                    f"**{int(changed):,}** of {int(of):,} decisions (**{changed / of:.1%}**) against the domain importance alone: half of them "
+                    f"weights it saved, half weights that had to go for these.")
+    if data.mask_stamp(run, "dpruner", domain, False) is None:
+        st.caption("More is not known: this run chose its masks inside a walk, which leaves no ranks of the dual score.")
+        return
+    table = whole_model("domain", "dpruner", "lambda")
+    if table is not None:
+        whole = overlap.at_sparsity(table, selected.sparsity, "model").iloc[0]
+        st.markdown(f"At {percent} % sparsity with one threshold for each matrix, it changes **{whole.changed:.1%}** of the decisions of the "
+                    f"whole model:")
+        clickable(figures.overlap_heatmap(overlap.at_sparsity(table, selected.sparsity), DOMAIN, DUAL, "changed", where), "overlap-changed")
+    if config["formula"] != "balanced" or not lam > 0:
+        st.caption("What another λ would have changed does not follow from what the run keeps: that takes the formula *balanced* and a λ above 0.")
+        return
+    curve, counted_share = data.lambda_changes(run, domain, matrix, selected.sparsity, lam)
+    if len(curve):
+        widgets.chart(figures.lambda_curve(curve, lam, counted_share, here), "overlap-lambda")
+    else:
+        st.caption(f"What another λ would have changed in {here} cannot be told: the matrix is too small for its scores to be found again.")
+
+
+for part in (kept_sets, the_plane, lambdas):
+    with widgets.guarded():
+        part()
+widgets.copy_link()

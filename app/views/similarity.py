@@ -1,0 +1,260 @@
+"""The page Similarity: how alike masks are, between chance and sameness."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import streamlit as st
+
+from analysis import comparisons, figures, matrices, similarity
+from analysis.chart import listed, percent
+from app import data, state, widgets
+from dpruner.errors import InputError
+from dpruner.store import Run
+
+MOST = 24   # masks in one picture
+SETS = {"domains": "Domains of the method", "methods": "Methods for the domain", "all": "All methods and domains"}
+MEASURES = {"jaccard": "Jaccard", "cosine": "Cosine", "corrected": "Chance-corrected", "overlap": "Overlap coefficient"}
+VIEWS = {"model": "Whole model", "module": "Modules", "layer": "Layers", "matrix": "Layers × modules", "open": "Beside the open domain"}
+MEASURE_HELP = """How much of what two masks keep is the same.
+- **Jaccard**: weights both keep as a share of those either keeps. Two random masks of 50 % share 1/3.
+- **Cosine**: weights both keep, divided by the geometric mean of what each keeps.
+- **Chance-corrected**: Jaccard moved so that random masks show 0 and equal ones 1.
+- **Overlap coefficient**: weights both keep as a share of the smaller mask."""
+CEILING_HELP = ("What two masks from two halves of the same domain's text share. Half the text makes a mask a little noisier than the whole text does, "
+                "so this line is, if anything, a little low: domains can come close to it, or even pass it.")
+
+
+class Mask(NamedTuple):
+    """One mask to be compared, and what the page calls it."""
+
+    label: str
+    run: Run
+    method: str
+    domain: str
+
+
+def chosen_masks(runs: list[Run], which: str, method: str, domain: str) -> list[Mask]:
+    """The masks of a set, of all runs; where there are several, a letter says which run."""
+    found = []
+    for i, run in enumerate(runs):
+        for m, d in data.pairs(run):
+            name = {"domains": d if m == method else None, "methods": m if d == domain else None, "all": f"{m}, {d}"}[which]
+            if name is not None:
+                found.append(Mask(name if len(runs) == 1 else f"{name} ({letter(i)})", run, m, d))
+    return found
+
+
+def letter(i: int) -> str:
+    """A, B, .. Z, 27, 28 .."""
+    return chr(ord("A") + i) if i < 26 else str(i + 1)
+
+
+def count(masks: list[Mask], sparsity: float | None) -> tuple[similarity.Counts, list[Mask]]:
+    """Counts of the masks that can be had at this sparsity (None: the runs' own), and those that cannot."""
+    stamps = {mask: data.mask_stamp(mask.run, mask.method, mask.domain, sparsity is None) for mask in masks}
+    there = tuple((mask.label, stamp) for mask, stamp in stamps.items() if stamp is not None)
+    if len(there) < 2:
+        raise InputError("There is nothing to compare", f"{len(there)} of these masks {'is' if len(there) == 1 else 'are'} there at this sparsity",
+                         "compare other masks, add a run of the same model, or move the slider to the run's own sparsity")
+    return data.counts(there, sparsity), [mask for mask, stamp in stamps.items() if stamp is None]
+
+
+def ceilings(masks: list[Mask], sparsity: float | None, measure: str, by: str) -> dict:
+    """{group: what two halves of the same domain's text share, for every two masks; NaN where one has no halves}; empty without any."""
+    found = {}
+    for i, mask in enumerate(masks):
+        halves = tuple((str(n), data.mask_stamp(mask.run, mask.method, f"{mask.domain}~{n}", sparsity is None)) for n in (1, 2))
+        if all(stamp for _, stamp in halves):
+            found[i] = similarity.mean_of_pairs(similarity.similarity(data.counts(halves, sparsity), measure, by))
+    own = {group: np.array([found[i][group] if i in found else np.nan for i in range(len(masks))]) for group in next(iter(found.values()), {})}
+    return {group: (values[:, None] + values[None, :]) / 2 for group, values in own.items() if len(found) > 1}
+
+
+def verdict(matrix: np.ndarray, floor: np.ndarray, ceiling: np.ndarray | None) -> None:
+    """The mean pair between chance and sameness, in four numbers."""
+    mean, base = similarity.mean_of_pairs({0: matrix})[0], similarity.mean_of_pairs({0: floor})[0]
+    top = np.nan if ceiling is None else similarity.mean_of_pairs({0: ceiling})[0]
+    cells = st.columns(4)
+    cells[0].metric("Mean of all pairs", f"{mean:.3f}", help="The mean similarity of every two different masks shown here.")
+    cells[1].metric("Two random masks", f"{base:.3f}", help="The floor: what masks drawn at random would share if they kept as many weights of every matrix.")
+    cells[2].metric("Same domain", f"{top:.3f}" if np.isfinite(top) else "unknown", help=f"The ceiling. {CEILING_HELP}")
+    cells[3].metric("From random to same", percent(similarity.of_the_way(mean, base, top), 0),
+                    help="Where the mean pair lies between the floor (0 %) and the ceiling (100 %). Near 100 %, the masks differ hardly more than "
+                         "two samples of the same domain's text would make them.")
+
+
+def enlarged(counts: similarity.Counts, by: str, group, top: np.ndarray | None, measure: str, where: str, key: str) -> None:
+    """One similarity matrix in full, and every pair between floor and ceiling."""
+    matrix, floor = (f(counts, measure, by)[group] for f in (similarity.similarity, similarity.floor))
+    verdict(matrix, floor, top)
+    drawn = comparisons.similarity_heatmap(matrix, counts.labels, floor, top, measure, where)
+    if drawn is None:
+        st.info(f"These masks are the same, weight by weight, in {where}: there is nothing to draw.")
+        return
+    widgets.chart(drawn, f"{key}-heatmap")
+    pairs = similarity.pairs(counts.within(matrices.groups(counts.names, by)[group]))
+    if top is not None:
+        pairs["ceiling"] = top[np.triu_indices(len(top), 1)]
+    widgets.chart(comparisons.pair_dots(pairs, None, measure, similarity.mean_of_pairs({0: floor})[0]), f"{key}-dots")
+
+
+def the_map(counts: similarity.Counts, measure: str, masks: list[Mask], which: str) -> None:
+    """The masks as points in the plane."""
+    if len(counts.labels) < 3:
+        st.info(f"A map needs at least three masks; there are {len(counts.labels)}. Their distance is the number above.")
+        return
+    points, shown = similarity.domain_points(similarity.similarity(counts, measure)["model"], counts.labels)
+    if which == "all":
+        method = {mask.label: mask.method for mask in masks}
+        points = points.assign(group=[method[label] for label in points["label"]])
+    widgets.chart(comparisons.domain_map(points, shown), "similarity-map")
+
+
+def known(values: dict) -> dict | None:
+    """The values, or None where they are not known."""
+    return values if values and np.isfinite(list(values.values())).all() else None
+
+
+def small_multiples(counts: similarity.Counts, masks: list[Mask], sparsity: float | None, measure: str, view: str) -> None:
+    """A small matrix for every module or layer, where in the model the masks differ, and one of them enlarged."""
+    by = "block" if view == "layer" else "module"
+    found, floors = similarity.similarity(counts, measure, by), similarity.mean_of_pairs(similarity.floor(counts, measure, by))
+    tops = ceilings(masks, sparsity, measure, by)
+    widgets.chart(comparisons.similarity_profile(found, counts.labels, view, floors, known(similarity.mean_of_pairs(tops)), measure),
+                  "similarity-profile")
+
+    def click() -> None:
+        points = st.session_state["similarity-grid"].selection.points
+        if points:
+            st.session_state[f"similarity-{view}"] = points[0]["customdata"][0]
+
+    widgets.chart(comparisons.similarity_grid(found, counts.labels, view, measure), "similarity-grid", on_select=click, selection_mode="points")
+    options, key = list(found), f"similarity-{view}"
+    if st.session_state.get(key, options[0]) not in options:
+        st.session_state[key] = options[0]
+    group = st.selectbox(f"Enlarge a {view}", options, key=key, bind="query-params", help="Or click a square above.")
+    enlarged(counts, by, group, tops.get(group), measure, f"{view} {group}", "similarity-one")
+
+
+def every_matrix(counts: similarity.Counts, masks: list[Mask], sparsity: float | None, measure: str, selected: state.Selection) -> None:
+    """The mean pair in every matrix of the model, and the selected matrix enlarged."""
+    mean = similarity.mean_of_pairs(similarity.similarity(counts, measure, "matrix"))
+    base = np.mean(list(similarity.mean_of_pairs(similarity.floor(counts, measure, "matrix")).values()))
+    tops = ceilings(masks, sparsity, measure, "matrix")
+    top = known(similarity.mean_of_pairs(tops))
+
+    def click() -> None:
+        points = st.session_state["similarity-matrices"].selection.points
+        if points:
+            st.session_state["block"], st.session_state["module"] = points[0]["customdata"][:2]
+
+    widgets.chart(figures.layer_heatmap(
+        data.places(selected.run).assign(similarity=lambda t: t.matrix.map(mean)), "similarity", title="Similarity of the masks in every matrix",
+        quantity=f"{comparisons.MEASURE_NAMES[measure]}, mean of all pairs",
+        how=f"One cell for each matrix; brighter is more alike. Two random masks would show {base:.3f}"
+            + (f", two halves of one domain {np.mean(list(top.values())):.3f}." if top else ".") + " A click chooses the matrix shown below.",
+        chosen=(selected.block, selected.module)), "similarity-matrices", on_select=click, selection_mode="points")
+    enlarged(counts, "matrix", selected.matrix, tops.get(selected.matrix), measure, f"layer {selected.block}, {selected.module}", "similarity-one")
+
+
+def beside_open_domain(runs: list[Run], sparsity: float, measure: str) -> None:
+    """The importances before they are joined, and the masks after: G with each domain's own importance, beside the domain masks."""
+    alone, joined, general = [], [], {}
+    for i, run in enumerate(runs):
+        tag = "" if len(runs) == 1 else f" ({letter(i)})"
+        domains = [d for m, d in data.pairs(run) if m == "dpruner"]
+        if domains:   # one run has one open domain: its importance is the same beside every domain
+            general[i] = Mask(f"open domain{tag}", run, "general", domains[0])
+        alone += [Mask(f"{d}{tag}", run, "domain", d) for d in domains]
+        joined += [Mask(f"{d}{tag}", run, "dpruner", d) for d in domains]
+    if not general:
+        st.info("This needs a run with the method dpruner: only that weighs an open-domain importance against each domain's.")
+        return
+    general = list(general.values())
+    st.markdown("**Left**: what the open-domain importance and each domain's own importance would keep, each for itself. **Right**: what the domain masks "
+                f"keep, for which D-Pruner joins the two in one score. All are cut from ranks at {percent(sparsity, 0)}.")
+    before, missing = count(general + alone, sparsity)
+    after, gone = count(general + joined, sparsity)
+    told_missing(missing + gone)
+    if before.labels == after.labels:
+        sides = {name: similarity.similarity(counts, measure)["model"] for name, counts in (("Importances alone", before), ("Domain masks", after))}
+        floor = similarity.mean_of_pairs(similarity.floor(after, measure))["model"]
+        top = known(similarity.mean_of_pairs(ceilings([m for m in joined if m.label in after.labels], sparsity, measure, "model")))
+        widgets.chart(comparisons.similarity_sides(sides, after.labels, floor, top and top["model"], measure), "similarity-sides")
+    rows = {"Open domain and each domain's own importance": cross(before, measure, general, alone),
+            "Domains' own importances with each other": among(before, measure, alone),
+            "Open domain and each domain mask": cross(after, measure, general, joined),
+            "Domain masks with each other": among(after, measure, joined)}
+    st.dataframe(pd.DataFrame({"which pairs": list(rows), f"{comparisons.MEASURE_NAMES[measure]}, mean": list(rows.values())}), hide_index=True,
+                 column_config={f"{comparisons.MEASURE_NAMES[measure]}, mean": st.column_config.NumberColumn(format="%.4f")})
+
+
+def among(counts: similarity.Counts, measure: str, masks: list[Mask]) -> float:
+    """Mean similarity of every two of some masks."""
+    labels = [m.label for m in masks if m.label in counts.labels]
+    return similarity.mean_of_pairs(similarity.similarity(counts.only(labels), measure))["model"]
+
+
+def cross(counts: similarity.Counts, measure: str, some: list[Mask], others: list[Mask]) -> float:
+    """Mean similarity of some masks with others."""
+    at = [[counts.labels.index(m.label) for m in masks if m.label in counts.labels] for masks in (some, others)]
+    return float(similarity.similarity(counts, measure)["model"][np.ix_(*at)].mean())
+
+
+def told_missing(missing: list[Mask]) -> None:
+    """One line on masks that cannot be had at this sparsity."""
+    if missing:
+        st.caption(f"Left out, as this run keeps no ranks of them and they exist at its own sparsity only: {listed(m.label for m in missing)}.")
+
+
+def page() -> None:
+    """Widgets, then one of the views."""
+    st.title("Similarity")
+    st.markdown("Do two domains need the same weights? Every number here stands between a **floor** (what two random masks share) and a **ceiling** "
+                "(what two masks from two halves of the *same* domain's text share): only what lies between them says something about domains.")
+    selected = state.selection()
+    if selected is None:
+        return
+    with widgets.guarded():
+        view = st.segmented_control("Show", list(VIEWS), format_func=VIEWS.get, default="model", required=True, key="similarity-view",
+                                    bind="query-params")
+        left, middle, right = st.columns([2, 1.4, 2.6])
+        which = left.selectbox("Compare", list(SETS), format_func=SETS.get, key="similarity-set", bind="query-params", disabled=view == "open",
+                               help="The method and the domain are those chosen at the left.")
+        measure = middle.selectbox("Measure", list(MEASURES), format_func=MEASURES.get, key="similarity-measure", bind="query-params", help=MEASURE_HELP)
+        others = {run.id: run for run in data.same_model(selected.run, state.finished_runs())}
+        if "similarity-runs" in st.session_state:   # of another model's run, or gone
+            st.session_state["similarity-runs"] = [r for r in st.session_state["similarity-runs"] if r in others]
+        further = right.multiselect("With further runs of this model", list(others), key="similarity-runs", bind="query-params",
+                                    disabled=not others, placeholder="choose runs" if others else "no other finished run of this model",
+                                    help="Finished runs whose model has the same fingerprint: its weights are equal bit for bit.")
+        runs = [selected.run, *(others[i] for i in further)]
+        if len(runs) > 1:
+            st.caption("Runs: " + "; ".join(f"**({letter(i)})** {run.id}" for i, run in enumerate(runs)))
+        if view == "open":
+            beside_open_domain(runs, selected.sparsity, measure)
+            return
+        own = all(data.own_masks(run, selected.sparsity) for run in runs)
+        sparsity = None if own else selected.sparsity
+        masks = chosen_masks(runs, which, selected.method, selected.domain)
+        if len(masks) > MOST:
+            st.warning(f"{len(masks)} masks are too many for one picture: the first {MOST} are shown. Compare a smaller set, or fewer runs.")
+            masks = masks[:MOST]
+        counts, missing = count(masks, sparsity)
+        told_missing(missing)
+        masks = [mask for mask in masks if mask not in missing]
+        st.caption(f"Shown: the masks as the run{'s' if len(runs) > 1 else ''} made them." if own else
+                   f"Shown: masks cut from the ranks at {percent(selected.sparsity, 0)} of every matrix. Move the slider to the run's own sparsity for its "
+                   "very masks.")
+        if view == "model":
+            top = ceilings(masks, sparsity, measure, "model").get("model")
+            enlarged(counts, "model", "model", top, measure, "the whole model", "similarity-all")
+            the_map(counts, measure, masks, which)
+        elif view == "matrix":
+            every_matrix(counts, masks, sparsity, measure, selected)
+        else:
+            small_multiples(counts, masks, sparsity, measure, view)
+
+
+page()

@@ -1,0 +1,64 @@
+"""Pieces every page uses: a chart with its words and downloads, a guard that turns problems into sentences, a link to this view."""
+
+import contextlib
+import re
+
+import streamlit as st
+import streamlit.components.v1 as components
+
+from dpruner.errors import InputError
+
+MODEBAR = {"displaylogo": False, "toImageButtonOptions": {"format": "png", "scale": 2},
+           "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"]}
+
+
+def chart(made, key: str, **options):
+    """Draw an `analysis.figures.Chart`: title, figure, how to read it, its data and itself to take away.
+
+    Args:
+        made: the Chart, or None where it could not be informative; then a word on why stands in its place.
+        key: unique on the page; selections come back under it when `on_select` is among the options.
+        options: passed on to st.plotly_chart.
+
+    Returns:
+        What st.plotly_chart returns.
+    """
+    if made is None:
+        st.caption("Nothing is drawn here: the values are equal by construction, so a picture would say nothing.")
+        return None
+    st.markdown(f"##### {made.title}")
+    config = {**MODEBAR, "toImageButtonOptions": {**MODEBAR["toImageButtonOptions"], "filename": file_name(made.title)}}
+    state = st.plotly_chart(made.figure, key=key, config=config, alt=made.alt, **options)
+    st.caption(f"**How to read this:** {made.how}")
+    with st.popover("Take it away", help="Its data and itself, for a paper or a lesson"):
+        st.download_button("Data (CSV)", made.table.to_csv(index=False).encode(), f"{file_name(made.title)}.csv", "text/csv", key=f"{key}-csv",
+                           on_click="ignore")
+        st.download_button("Figure (HTML)", lambda: made.figure.to_html(include_plotlyjs=True, full_html=True).encode(),
+                           f"{file_name(made.title)}.html", "text/html", key=f"{key}-html", on_click="ignore")
+        st.caption("PNG: the camera in the corner of the figure.")
+    return state
+
+
+def file_name(title: str) -> str:
+    """A title as the stem of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:80] or "figure"
+
+
+@contextlib.contextmanager
+def guarded():
+    """What a user can mend is said in its sentence, in place; the rest of the page goes on."""
+    try:
+        yield
+    except InputError as error:
+        st.error(str(error), icon=":material/error:")
+
+
+def copy_link() -> None:
+    """A button that copies the address of this very view, selection included."""
+    components.html("""<button id="b" style="font:14px sans-serif;padding:4px 10px;border:1px solid #8888;border-radius:8px;background:none;
+        color:inherit;cursor:pointer" aria-label="Copy a link to this view">Copy link</button><script>
+        document.getElementById('b').onclick = e => { const u = window.parent.location.href;
+          (window.parent.navigator.clipboard ? window.parent.navigator.clipboard.writeText(u) : Promise.reject()).then(
+            () => e.target.textContent = 'Copied', () => { const t = window.parent.document.createElement('textarea'); t.value = u;
+              window.parent.document.body.append(t); t.select(); window.parent.document.execCommand('copy'); t.remove();
+              e.target.textContent = 'Copied'; }); };</script>""", height=40)

@@ -1,0 +1,241 @@
+"""What a run will take, told before it starts: whether the model can be pruned, memory, disk and time. No weights are loaded."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from dpruner import hub, pipeline
+from dpruner.calibration import CATALOGUE, load_texts
+from dpruner.config import RunConfig, split_domain
+from dpruner.model import (DTYPES, _guarded, _is_folder, _load_config, _require_files, _source, count_weights, decoder_blocks, hidden_size,
+                           linears_of, max_length, prunable_linears, require_length)
+from dpruner.walk import TOKENS_PER_PASS
+
+PROGRAM = {"cpu": 600e6, "cuda": 700e6}   # bytes that Python, torch and the text take before there is a model; on an accelerator its context
+SPARE = 1.15            # what allocators keep beyond what is in use
+START = 5.0             # seconds until a process has imported everything
+LOADING = 0.4e9         # bytes a second: read, checked for NaN and fingerprinted
+EFFICIENCY = 0.45       # share of a bare matrix product's speed that passes through a model reach
+HUB_CHARACTERS = 2000   # of a document nobody has downloaded yet
+SCORES = {"balanced": 8, "taylor": 12, "release": 8}   # bytes of scores per prunable weight at the end of a domain pass, G apart
+
+
+def blank_model(name: str, revision: str | None = None) -> nn.Module:
+    """A model as its config describes it, on the meta device: every name and shape, no weights.
+
+    Args:
+        name, revision: as `load_model` takes them.
+
+    Raises:
+        InputError: as `load_model`, of all that can be known without the weights.
+    """
+    source = _source(name)
+    _require_files(name, source)
+    with contextlib.nullcontext() if _is_folder(source) else hub.impatient():
+        config = _load_config(name, source, {"revision": revision, "trust_remote_code": False})
+    with torch.device("meta"):
+        model = _guarded(name, lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+    prunable_linears(model)
+    return model
+
+
+def precision(config: RunConfig, model: nn.Module, device: str) -> torch.dtype:
+    """What the weights will be kept in, as `load_model` decides it; of a stored precision what the model's config says."""
+    stored = getattr(model.config.get_text_config(), "dtype", None) or torch.float32
+    return DTYPES.get(config.dtype) or (torch.float32 if torch.device(device).type == "cpu" else stored)
+
+
+def require_fitting(config: RunConfig, model: nn.Module) -> None:
+    """Refuse what the model has no positions or not enough prunable weights for.
+
+    Raises:
+        InputError: says which.
+    """
+    require_length(model, config.seqlen)
+    require_length(model, config.eval_seqlen or 0, "eval_seqlen")
+    pipeline.prunable_sparsity(config, model)
+
+
+def peak_memory(config: RunConfig, model: nn.Module, device: str) -> dict[str, int]:
+    """Bytes in use on the device at the worst moment of a run, by what they are for; counted, not measured.
+
+    Args:
+        model: of `blank_model`, or a loaded one.
+        device: such as "cpu" or "cuda:0".
+    """
+    linears = prunable_linears(model)
+    prunable, total = count_weights(model)
+    item = precision(config, model, device).itemsize
+    vocabulary, hidden = model.get_input_embeddings().weight.shape
+    shapes = [tuple(m.weight.shape) for m in linears.values()]
+    per_token = sum(map(sum, shapes)) * item + hidden * 4 * len(decoder_blocks(model)[1])    # what backward waits for: in- and outputs of linears
+    logits = vocabulary * (2 * item + 8)                                                     # and once more in float32, twice
+    largest = max(a * b for a, b in shapes)
+    always = {"program": PROGRAM.get(torch.device(device).type, 0), "weights": total * item, "general importance": 4 * prunable}
+
+    widest = max(map(max, shapes))
+    block = max(sum(m.weight.numel() for m in linears_of(model, b).values()) for b in decoder_blocks(model)[1])
+    walk = {"one block and its Hessians": 12 * block + item * block + 16 * widest**2,
+            "texts inside the model": 2 * config.nsamples * config.seqlen * hidden * item}
+
+    tokens = config.seqlen
+    scoring = {"domain scores": SCORES[config.formula] * prunable}
+    if config.finetune:
+        tokens = 8 * min(config.seqlen, 1024)
+        largest = max(largest, vocabulary * hidden)
+        if torch.device(device).type == "cpu":
+            scoring["copy of the weights"] = total * item
+    scoring |= {"scores kept from before": (16 if pipeline.wants_halves(config) else 8 if len(config.domains) > 1 else 0) * prunable,
+                "gradients and activations": largest * (item + 4) + tokens * int(1.2 * per_token + logits)}
+
+    window = config.eval_seqlen or min(2048, max_length(model) or 2048)
+    judging = {"domain scores": 8 * prunable, "masks and weights put aside": prunable + int(config.sparsity * prunable) * item,
+               "evaluation": max(window, TOKENS_PER_PASS) * (logits + 4 * widest * item)} if config.evaluate else {}
+    worst = max((walk, scoring, judging), key=lambda parts: sum(parts.values()))
+    return {what: round(SPARE * size) for what, size in (always | worst).items() if size}
+
+
+def disk(config: RunConfig, model: nn.Module) -> int:
+    """Bytes of the run folder and of the general importance in the cache."""
+    prunable, _ = count_weights(model)
+    masks, ranks = _files(config)
+    moved = len(config.domains) * len(config.methods) if config.compensate else 0
+    return round(prunable * (masks / 8 + ranks + 4 * moved + 4))
+
+
+def _files(config: RunConfig) -> tuple[int, int]:
+    """How many mask files and rank files a run writes."""
+    halves = 2 * len(set(pipeline.HALVED) & set(config.methods)) if pipeline.wants_halves(config) else 0
+    masks = len(config.methods) + halves
+    sides = len({"domain", "general"} - set(config.methods)) if "dpruner" in config.methods else 0
+    ranks = masks + sides - ("sparsegpt" in config.methods) - (config.compensate == "walk" and "dpruner" in config.methods)
+    return masks * len(config.domains), ranks * len(config.domains)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a device is, measured on a few products and one sort.
+
+    Attributes:
+        flops: floating-point operations a second in a matrix product, of the model's kind.
+        sorted: numbers a second that are put in order.
+    """
+
+    flops: float
+    sorted: float
+
+
+def measure_speed(model: nn.Module, device: str, dtype: torch.dtype, least: float = 0.1) -> Speed:
+    """Time a matrix product and a sort on the device, each for about `least` seconds."""
+    width, inner = hidden_size(model), max(max(m.weight.shape) for m in prunable_linears(model).values())
+    tokens, W = torch.ones(256, width, device=device, dtype=dtype), torch.ones(width, inner, device=device, dtype=dtype)
+    numbers = torch.rand(2**19, device=device)
+    return Speed(2 * tokens.shape[0] * W.numel() / _seconds_each(lambda: tokens @ W, least, device),
+                 numbers.numel() / _seconds_each(lambda: numbers.sort(stable=True), least, device))
+
+
+def _seconds_each(work: Callable, least: float, device: str) -> float:
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    wait()
+    times, began = [], time.perf_counter()
+    while not times or time.perf_counter() - began < least:
+        start = time.perf_counter()
+        work()
+        wait()
+        times.append(time.perf_counter() - start)
+    return min(times)   # what else the machine does at this moment is no property of the device
+
+
+class Outline:
+    """What `pipeline.planned_work` asks of the texts of a run: their labels and lengths, without a tokenizer.
+
+    Hub data sets are not downloaded for it; their documents count as 2,000 characters each.
+
+    Args:
+        config: of the run.
+        read: in place of `load_texts`, such as one that remembers.
+    """
+
+    judged = pipeline.Texts.judged
+
+    def __init__(self, config: RunConfig, read: Callable[..., list[str]] = load_texts):
+        self.open_label, open_source = split_domain(config.general)
+        sources = dict(split_domain(d) for d in config.domains)
+        self.labels = list(sources)
+        self.heldout: Mapping[str, list[str]] = {
+            label: ["·" * HUB_CHARACTERS] * config.eval_documents if source in CATALOGUE else
+            read(source, "heldout", column=config.column if label in sources else None, limit=config.eval_documents)
+            for label, source in {self.open_label: open_source, **sources}.items()} if config.evaluate else {}
+
+
+def seconds(config: RunConfig, model: nn.Module, texts: Outline, speed: Speed, device: str) -> float:
+    """How long a run takes on a device that has nothing else to do, without downloads: its planned work at the measured speed."""
+    prunable, total = count_weights(model)
+    vocabulary, hidden = model.get_input_embeddings().weight.shape
+    passes = sum(cost for _, cost in pipeline.planned_work(config, texts))
+    masks, ranks = _files(config)
+    handled = (ranks + masks / 2) * prunable / (speed.sorted * (torch.get_num_threads() if torch.device(device).type == "cpu" else 1))
+    loading = START + total * precision(config, model, device).itemsize / LOADING
+    return loading + passes * 2 * (prunable + vocabulary * hidden) / (EFFICIENCY * speed.flops) + handled
+
+
+def available_memory(device: str) -> int:
+    """Bytes that are free on a device now, within the limit of a container where there is one."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):   # "max" where the container has no limit of its own
+        group = Path("/sys/fs/cgroup")
+        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return free
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change of settings that saves memory: what to say, what to set, and the peak it leaves."""
+
+    words: str
+    changes: dict
+    bytes: int
+
+
+def remedies(config: RunConfig, model: nn.Module, device: str, available: int) -> list[Remedy]:
+    """Changes each of which makes a run fit, the least harmful first; where none does alone, all of them together if that fits.
+
+    Returns:
+        Empty where nothing helps: a smaller model or more memory it is.
+    """
+    steps = [("leave out the two halves of each domain's text (the ceiling of similarity)", {"halves": False}),
+             ("use the precision bfloat16", {"dtype": "bfloat16"}),
+             ("use the formula balanced", {"formula": "balanced"}),
+             ("take shorter sequences (seqlen 128)", {"seqlen": min(config.seqlen, 128)}),
+             ("do not tune while scoring", {"finetune": False}),
+             ("prune for one domain at a time", {"domains": config.domains[:1]})]
+
+    def remedy(words, changes):
+        return Remedy(words, changes, sum(peak_memory(dataclasses.replace(config, **changes), model, device).values()))
+
+    now = sum(peak_memory(config, model, device).values())
+    helpful = [r for r in (remedy(*step) for step in steps) if r.bytes < now]
+    if enough := [r for r in helpful if r.bytes <= available]:
+        return enough
+    together = remedy("; ".join(r.words for r in helpful), {k: v for r in helpful for k, v in r.changes.items()})
+    return [together] if together.bytes <= available else []
+
+
+def to_download(name: str, revision: str | None, model: nn.Module) -> int:
+    """Bytes of weights that are not on this machine yet, from their count and the precision that the config tells; 0 where they are."""
+    from huggingface_hub import try_to_load_from_cache
+    source = _source(name)
+    if _is_folder(source) or any(isinstance(try_to_load_from_cache(source, file, revision=revision), str)
+                                 for file in ("model.safetensors", "model.safetensors.index.json")):
+        return 0
+    return count_weights(model)[1] * (getattr(model.config.get_text_config(), "dtype", None) or torch.float32).itemsize

@@ -1,0 +1,33 @@
+"""`make screenshots`: every page, light and dark, from the demonstration run, into docs/screenshots."""
+
+import tempfile
+import time
+from pathlib import Path
+
+from browser import PAGES, ROOT, browser, served, settled
+
+from app import demo
+from dpruner import worker
+
+FOLDER = ROOT / "docs" / "screenshots"
+
+
+def main():
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        runs, cache = Path(scratch, "runs"), Path(scratch, "cache")
+        run = worker.submit(demo.CONFIG, runs, cache)
+        while worker.state(run)["state"] in ("queued", "running"):
+            time.sleep(1)
+        for theme in ("light", "dark"):
+            with served(runs, cache, theme) as address, browser() as chromium:
+                page = chromium.new_page(viewport={"width": 1280, "height": 1000}, color_scheme=theme)
+                for name in PAGES:
+                    page.goto(f"{address}/{name}")
+                    settled(page)
+                    page.screenshot(path=FOLDER / f"{name or 'run'}-{theme}.png")
+                    print(f"{name or 'run'} {theme}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Runs as processes of their own: the queue, cancelling, what is said of one that died. Five processes in all: each has torch to import."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from filelock import FileLock
+
+from dpruner import InputError, RunConfig, store, worker
+from dpruner.store import Run
+
+BRIEF = {"domains": ("legal",), "nsamples": 4, "seqlen": 16, "evaluate": False, "halves": False, "general_mode": "static", "device": "cpu"}
+ENDLESS = BRIEF | {"finetune": True, "epochs": 200_000}
+WAIT = 120   # seconds, for machines that have other things to do
+
+
+def wait_for(what, seconds: float = WAIT):
+    """The first true value of `what()`."""
+    deadline = time.time() + seconds
+    while not (found := what()):
+        assert time.time() < deadline, "it did not happen"
+        time.sleep(0.1)
+    return found
+
+
+def gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def sentence(status: dict) -> str:
+    return f"{status['error']['what']}: {status['error']['why']}; {status['error']['what to do']}."
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """A folder for runs; what still runs at the end is ended."""
+    yield tmp_path / "runs"
+    for run in store.find_runs(tmp_path / "runs"):
+        pid = run.status["pid"]
+        if run.status["state"] in ("queued", "running") and pid not in (None, os.getpid()):
+            psutil.Process(pid).kill()
+
+
+def written(folder, **status) -> Run:
+    """A run folder as a process left it."""
+    store.write_json(folder / "run.json", {"config": RunConfig().to_dict()})
+    store.write_json(folder / "status.json", {**worker.WAITING, "born": time.time(), **status})
+    return Run(folder)
+
+
+def test_runs_wait_for_the_device_in_their_order_and_a_waiting_one_can_be_cancelled(llama, runs, tmp_path, monkeypatch):
+    runs.mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "model").symlink_to(llama)
+    monkeypatch.chdir(tmp_path / "elsewhere")   # paths are meant from here, and the package is found all the same
+    with FileLock(runs / ".cpu.lock"):          # somebody else works on the device
+        first = worker.submit(RunConfig(model="model", **BRIEF), "../runs", "../cache")
+        second = worker.submit(RunConfig(model="model", **BRIEF), "../runs", "../cache")
+        third = worker.submit(RunConfig(model="no-such-model", **BRIEF), "../runs", "../cache")
+        assert worker.state(third)["state"] == "queued"
+        waiting = "waiting for the device"
+        wait_for(lambda: all(worker.state(r)["stage"] == waiting for r in (first, second, third)))
+        assert [worker.state(r)["ahead"] for r in (first, second, third)] == [1, 1, 2]
+        assert {worker.state(r)["state"] for r in (first, second, third)} == {"queued"}
+        pid = worker.state(second)["pid"]
+        worker.cancel(second)
+        assert worker.state(second)["state"] == "cancelled" and gone(pid)
+        wait_for(lambda: worker.state(third)["ahead"] == 1, 10)   # the cancelled one is waited for no longer
+    wait_for(lambda: worker.state(first)["state"] == "done")
+    assert first.pairs() == [("dpruner", "legal")]
+    assert (tmp_path / "cache" / "general").is_dir() and store.find_runs(runs)[-1].id == first.id
+    wait_for(lambda: worker.state(third)["state"] == "failed")
+    assert sentence(worker.state(third)).startswith("The model 'no-such-model' could not be loaded: ")
+    assert sentence(worker.state(third)) in (third.folder / worker.LOG).read_text()
+    assert (first.folder / worker.LOG).read_text() == ""
+    ended, began = ((r.folder / "status.json").stat().st_mtime for r in (first, third))
+    assert ended <= began - worker.state(third)["elapsed_seconds"] + 0.2   # one at a time
+    assert worker.state(second)["state"] == "cancelled"
+
+
+def test_a_running_run_can_be_cancelled(llama, runs, tmp_path):
+    run = worker.submit(RunConfig(model=str(llama), **ENDLESS), runs, tmp_path / "cache")
+    status = wait_for(lambda: (s := worker.state(run))["stage"] == "domain importance" and s)
+    assert status["state"] == "running" and status["total"] == 200_000 and not gone(status["pid"])
+    worker.cancel(run)
+    after = worker.state(run)
+    assert (after["state"], after["error"]) == ("cancelled", None) and gone(status["pid"])
+    worker.cancel(run)   # once more changes nothing
+    assert worker.state(run) == after
+    assert FileLock(runs / ".cpu.lock").acquire(timeout=1)   # the device is free again
+
+
+def test_a_killed_run_has_failed_and_says_so_from_then_on(llama, runs, tmp_path):
+    run = worker.submit(RunConfig(model=str(llama), **ENDLESS), runs, tmp_path / "cache")
+    pid = wait_for(lambda: (s := worker.state(run))["state"] == "running" and s["pid"])
+    os.kill(pid, signal.SIGKILL)
+    status = wait_for(lambda: (s := worker.state(run))["state"] == "failed" and s, 10)
+    assert sentence(status) == ("The run stopped in the middle: its process ended without a word, killed or out of memory; start it again, with less "
+                                "memory in use or a smaller model if it ends so once more.")
+    assert run.status["state"] == "failed"   # written down, for readers that do not ask for the process
+    with FileLock(runs / ".cpu.lock", timeout=5):
+        pass
+
+
+def test_a_process_id_that_was_given_out_again_is_no_sign_of_life(tmp_path):
+    born = psutil.Process().create_time()
+    alive = written(tmp_path / "alive", state="running", pid=os.getpid(), pid_born=born)
+    assert worker.state(alive)["state"] == "running"
+    other = written(tmp_path / "other", state="running", pid=os.getpid(), pid_born=born - 1000)
+    assert worker.state(other)["error"] == worker.DIED
+    assert worker.state(alive)["state"] == "running"
+
+
+def test_a_process_that_ended_is_no_sign_of_life_even_before_it_is_reaped(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    wait_for(lambda: psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE, 10)
+    assert worker.state(written(tmp_path / "run", state="running", pid=child.pid))["state"] == "failed"
+    child.wait()
+
+
+@pytest.mark.parametrize(("age", "state"), [(0, "queued"), (1000, "failed")])
+def test_a_run_that_was_just_submitted_has_a_while_to_show_itself(age, state, tmp_path):
+    assert worker.state(written(tmp_path / "run", pid=None, born=time.time() - age))["state"] == state
+
+
+def test_runs_that_are_over_damaged_or_on_another_device_are_not_waited_for(tmp_path):
+    mine = {"pid": os.getpid(), "pid_born": psutil.Process().create_time()}
+    now = time.time()
+    here = written(tmp_path / "here", device="cpu", born=now - 9, **mine)
+    for name, status in {"elsewhere": {"device": "cuda:0"}, "done": {"state": "done"}, "failed": {"state": "failed"}, "later": {"born": now + 9}}.items():
+        written(tmp_path / name, **{"device": "cpu", "born": now - 9, **mine, **status})
+    written(tmp_path / "damaged")
+    (tmp_path / "damaged" / "status.json").write_text("{")
+    ahead = [r.id for r in store.find_runs(tmp_path) if worker._waits_for(r, "cpu", before=now)]
+    assert ahead == [here.id]
+
+
+def test_settings_that_cannot_work_are_refused_before_there_is_a_folder(runs):
+    with pytest.raises(InputError, match="sparsity 1.5"):
+        worker.submit(RunConfig(sparsity=1.5), runs)
+    assert not runs.exists()
+
+
+def test_a_deleted_or_damaged_run_folder_is_one_sentence(tmp_path):
+    run = written(tmp_path / "run")
+    (run.folder / "status.json").write_text("{")
+    with pytest.raises(InputError, match="cannot be read"):
+        worker.state(run)
+    (run.folder / "status.json").unlink()
+    with pytest.raises(InputError, match="was not found"):
+        worker.state(run)
