@@ -345,12 +345,13 @@ def region_bars(kept: pd.DataFrame, sparsity: float, a: str, b: str, third: str,
     colours = {"both": BLUE, "only A": ORANGE, "only B": PURPLE, "neither": GREY}
     figure.add_trace(go.Bar(
         x=kept["kept_share"].to_numpy(), y=[plain(n) for n in named], orientation="h", marker={"color": [colours[r] for r in kept["region"]]},
-        customdata=columns(kept["kept"], kept["weights"]),
-        text=[f"{percent(s)} of {n:,}" for s, n in zip(kept["kept_share"], kept["weights"], strict=True)], textposition="outside", cliponaxis=False,
-        showlegend=False,
+        customdata=columns(kept["kept"], kept["weights"]), showlegend=False,
         hovertemplate="kept by %{y}<br>%{customdata[0]:,} of %{customdata[1]:,} weights (%{x:.2%})<extra></extra>"))
+    figure.add_trace(go.Scatter(x=[1.01] * len(named), y=[plain(n) for n in named], mode="text", textposition="middle right", hoverinfo="skip",
+                                text=[f"{percent(s)} of {n:,}" for s, n in zip(kept["kept_share"], kept["weights"], strict=True)],
+                                showlegend=False))
     figure.add_vline(x=1 - sparsity, line={"color": VERMILLION, "dash": "dash"})
-    figure.update_xaxes(title=f"share that {plain(third)} keeps", tickformat=".0%", range=[0, 1.28], tickvals=[0, 0.25, 0.5, 0.75, 1])
+    figure.update_xaxes(title=f"share that {plain(third)} keeps", tickformat=".0%", range=[0, 1.3], tickvals=[0, 0.25, 0.5, 0.75, 1])
     figure.update_yaxes(title="kept by", autorange="reversed", showgrid=False)
     shares = listed(f"{percent(s)} of {n:,} ({name})" for name, s, n in zip(named, kept["kept_share"], kept["weights"], strict=True))
     how = (f"The weights of the matrix by who keeps them, and how many of each {third} keeps. The dashed line is what a mask would keep of each "

@@ -94,10 +94,9 @@ def counts(files: tuple[tuple[str, tuple[str, float]], ...], sparsity: float | N
 @st.cache_data(max_entries=32, show_spinner=False)
 def _stored(folder: str, when: float) -> tuple[dict, frozenset, dict]:
     run = Run(folder)
-    shapes = matrices.mask_shapes(run.path("masks", *run.pairs()[0]))
-    table = run.stats()
-    if "method" in table:   # one method's masks are enough to tell, and a fraction of the rows
-        table = table[table["method"] == table["method"].iloc[0]]
+    method, domain = run.pairs()[0]   # one mask is enough to tell, and a fraction of the rows
+    shapes = matrices.mask_shapes(run.path("masks", method, domain))
+    table = _part_rows(folder, method, domain)
     return shapes, transposed_from_stats(table, shapes), heads_from_stats(table)
 
 
@@ -208,11 +207,11 @@ def is_large(run: Run) -> bool:
     return sum(int(np.prod(s)) for s in _stored(*stamp(run))[0].values()) > LARGE
 
 
-def _part_rows(folder: str, method: str, domain: str, part: str) -> pd.DataFrame:
-    """The rows of stats.parquet on one kind of part of one mask."""
-    path = Path(folder) / "stats.parquet"
+def _part_rows(folder: str, method: str, domain: str, part: str | None = None) -> pd.DataFrame:
+    """The rows of stats.parquet on one mask, or on one kind of its parts: the file of a large model has millions."""
+    path, wanted = Path(folder) / "stats.parquet", {"method": method, "domain": domain, "part": part}
     try:
-        return pd.read_parquet(path, filters=[("method", "==", method), ("domain", "==", domain), ("part", "==", part)])
+        return pd.read_parquet(path, filters=[(column, "==", value) for column, value in wanted.items() if value])
     except (ValueError, OSError):
         store.read_table(path)   # says what is wrong with the file
         raise

@@ -2,7 +2,7 @@
 
 import streamlit as st
 
-from app import demo, widgets
+from app import demo, state, widgets
 from dpruner.errors import InputError
 
 st.set_page_config(page_title="D-Pruner Studio", page_icon=":material/content_cut:", layout="wide")
@@ -21,6 +21,7 @@ PAGES = {
 page = st.navigation(PAGES)
 with widgets.guarded():
     demo.ensure()
+    state.choose()
 try:
     page.run()
 except InputError as error:   # whatever a page did not catch itself

@@ -53,22 +53,36 @@ def finished_runs() -> list[Run]:
 
 
 def selection() -> Selection | None:
-    """The selection, drawn in the sidebar once per page; None, with a word on what to do, while there is no finished run."""
-    runs = {run.id: run for run in finished_runs()}
-    if not runs:
+    """The selection, for a page; None, with a word on what to do, while there is no finished run."""
+    chosen = st.session_state.get("_selection")
+    if chosen is None:
         st.info("There is no finished run yet. The page **Run** shows what is being computed, and starts more.")
-        return None
+    return chosen
+
+
+def choose() -> None:
+    """Draw the selection in the sidebar.
+
+    Done by the script that all pages share: a widget drawn by a page forgets its value when the user goes to another one.
+    """
+    st.session_state["_selection"] = None
     with st.sidebar:
-        run = runs[_choice("Run", list(runs), "run")]
-        pairs = data.pairs(run)
-        method = _choice("Method", list(dict.fromkeys(m for m, _ in pairs)), "method")
-        domain = _choice("Domain", [d for m, d in pairs if m == method], "domain")
-        places = data.places(run)
-        block = _choice("Block", sorted(places.block.unique().tolist()), "block")
-        module = _choice("Module", places[places.block == block].module.tolist(), "module")
-        default = round(100 * run.config["sparsity"])
-        sparsity = st.slider("Sparsity (% removed)", 0, 100, _known("sparsity", range(101), default), key="sparsity", bind="query-params",
-                             help="Masks of every sparsity follow from the ranks of the weights: nothing is computed anew.")
+        st.session_state["_selection"] = _chosen({run.id: run for run in finished_runs()})
+
+
+def _chosen(runs: dict[str, Run]) -> Selection | None:
+    if not runs:
+        return None
+    run = runs[_choice("Run", list(runs), "run")]
+    pairs = data.pairs(run)
+    method = _choice("Method", list(dict.fromkeys(m for m, _ in pairs)), "method")
+    domain = _choice("Domain", [d for m, d in pairs if m == method], "domain")
+    places = data.places(run)
+    block = _choice("Block", sorted(places.block.unique().tolist()), "block")
+    module = _choice("Module", places[places.block == block].module.tolist(), "module")
+    default = round(100 * run.config["sparsity"])
+    sparsity = st.slider("Sparsity (% removed)", 0, 100, _known("sparsity", range(101), default), key="sparsity", bind="query-params",
+                         help="Masks of every sparsity follow from the ranks of the weights: nothing is computed anew.")
     return Selection(run, method, domain, block, module, sparsity / 100)
 
 

@@ -45,10 +45,6 @@ def figure(page: AppTest, key: str) -> dict:
     return next(json.loads(e.proto.spec) for e in page.get("plotly_chart") if e.proto.id.endswith(key))
 
 
-def keys(page: AppTest) -> list[str]:
-    return [e.proto.id.rsplit("-", 1)[-1] for e in page.get("plotly_chart")]
-
-
 def shown(values) -> np.ndarray:
     """An array as Plotly writes it."""
     if not isinstance(values, dict):
@@ -122,7 +118,7 @@ def test_the_brush_shows_where_its_weights_sit(run):
     page.slider(key="overlap-from-domain").set_value((75, 100)).run()
     general, domain = (side[MATRIX] for side in sides(run, "general", "domain"))
     flags = (general < 128) & (domain >= 192)
-    assert f"**{flags.sum():,}** of {flags.size:,} weights ({flags.mean():.1%}) lie in the box" in words(page)
+    assert f"**{flags.sum():,}** of {flags.size:,} weights ({100 * flags.mean():.1f} %) lie in the box" in words(page)
     place = np.array(shown(figure(page, "overlap-place")["data"][1]["customdata"]), dtype=float)
     cells_of = [flags[int(r0):int(r1) + 1, int(c0):int(c1) + 1].mean() for r0, r1, c0, c1, _ in place]
     assert place[:, 4] == pytest.approx(cells_of)

@@ -24,7 +24,9 @@ PROMPTS = {
     "science": ("The cells of a plant differ from those of an animal because", "The experiment showed that the temperature of the water"),
     "code": ("def mean(values):\n    ", "The function returns the number of"),
 }
-MOST_BITS = 12.0   # of surprisal: where the colour is full, one chance in 4,096
+MOST_BITS = 8.0   # of surprisal: where the colour is full, one chance in 256
+END = "■"
+MARK = "border-bottom:3px solid #4a9fd8"
 
 st.title("Generate")
 selected = state.selection()
@@ -78,12 +80,12 @@ def asked() -> dict:
 
 def write(found, wanted: dict, name: str, others: list[dict], show) -> dict:
     """One text by the model as it is now, and what it makes of the others' texts."""
-    text = {"name": name, "ids": [], "tokens": [], "log_probs": {name: []}, "ended": False, "prompt_ids":
+    text = {"name": name, "prompt": wanted["prompt"], "ids": [], "tokens": [], "log_probs": {name: []}, "ended": False, "prompt_ids":
             generate.prompt_ids(found.model, found.tokenizer, wanted["prompt"])}
     began = shown = time.perf_counter()
     for token in generate.generate(found.model, found.tokenizer, wanted["prompt"], **wanted["settings"]):
         text["ids"].append(token.id)
-        text["tokens"].append(token.text or ("⏹" if token.end else ""))
+        text["tokens"].append(token.text or (END if token.end else ""))
         text["log_probs"][name].append(token.log_prob)
         text["ended"] = token.end
         if time.perf_counter() - shown > 0.1:   # each time the whole text travels
@@ -118,9 +120,12 @@ def produce(wanted: dict) -> tuple[list[dict], list[str]]:
             if name == DENSE:   # nothing else will work either
                 break
     for at, earlier in enumerate(texts[:-1]):
-        with using(wanted, earlier["name"], st.empty()) as found:
-            for text in texts[at + 1:]:
-                read(found, earlier["name"], text)
+        try:
+            with using(wanted, earlier["name"], st.empty()) as found:
+                for text in texts[at + 1:]:
+                    read(found, earlier["name"], text)
+        except InputError as error:
+            problems.append(f"{earlier['name']}: {error}")
     return texts, problems
 
 
@@ -150,7 +155,8 @@ def coloured(text: dict, reader: str, texts: list[dict]) -> str:
     """A text as HTML: surprisal as the ground of every token, what is not in the dense text underlined, exact values on hover."""
     bits = generation.surprisal(text["log_probs"].get(reader, text["log_probs"][text["name"]]))
     same = alignment(text, texts)
-    pieces = []
+    prompt = text["prompt"] if len(text["prompt"]) <= 80 else f"…{text['prompt'][-80:]}"
+    pieces = [f'<span title="the prompt" style="opacity:0.6">{html.escape(prompt)}</span>']
     for at, (token, b) in enumerate(zip(text["tokens"], bits, strict=True)):
         differs = same is not None and not same.equal_b[at]
         shown = html.escape(token).replace("\n", "⏎\n") or "∅"
@@ -158,9 +164,6 @@ def coloured(text: dict, reader: str, texts: list[dict]) -> str:
         pieces.append(f'<span title="{told}" style="background:rgba(213,94,0,{0.72 * min(b, MOST_BITS) / MOST_BITS:.2f});{MARK if differs else ""}">'
                       f"{shown}</span>")
     return f'<div style="white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.75;font-size:0.95rem">{"".join(pieces)}</div>'
-
-
-MARK = "border-bottom:3px solid #4a9fd8"
 
 
 def alignment(text: dict, texts: list[dict]) -> generation.Alignment | None:
@@ -171,9 +174,9 @@ def alignment(text: dict, texts: list[dict]) -> generation.Alignment | None:
 
 def legend(reader: str) -> None:
     steps = "".join(f'<span style="background:rgba(213,94,0,{0.72 * b / MOST_BITS:.2f});padding:2px 9px">{b:.0f}{"+" if b == MOST_BITS else ""}</span>'
-                    for b in (0, 2, 4, 6, 8, 10, MOST_BITS))
+                    for b in (0, 1, 2, 3, 4, 6, MOST_BITS))
     st.html(f'<div style="font-size:0.85rem">Surprisal of each token to {html.escape(reader)}, in bits: {steps} &emsp; '
-            f'<span style="{MARK}">underlined</span>: not in the dense text &emsp; ⏎ new line &ensp; ⏹ end of the text</div>')
+            f'<span style="{MARK}">underlined</span>: not in the dense text &emsp; ⏎ new line &ensp; {END} end of the text</div>')
     st.caption("**How to read this:** the stronger the colour, the less that model expected the token: n bits are a chance of one in 2ⁿ. "
                "Exact values stand under the pointer, and in the table below.")
 

@@ -2,7 +2,8 @@
 
 import streamlit as st
 
-from analysis import chart, figures, sparsity
+from analysis import figures, sparsity
+from analysis.chart import informative, percent
 from app import data, state, widgets
 from dpruner.errors import InputError
 
@@ -30,16 +31,16 @@ def masks() -> None:
     """What the mask removes of every matrix, where that differs."""
     totals = data.totals(run, method, domain)
     if not own:
-        st.markdown(f"Masks of **{selected.sparsity:.0%}** sparsity, cut from the ranks of **{method}** for **{domain}**, "
+        st.markdown(f"Masks of **{percent(selected.sparsity, 0)}** sparsity, cut from the ranks of **{method}** for **{domain}**, "
                     f"one threshold for each matrix.")
         return
     removed = 1 - totals.kept.sum() / totals.weights.sum()
-    st.markdown(f"The very masks this run made with **{method}** for **{domain}**: **{removed:.1%}** of {totals.weights.sum():,} weights "
+    st.markdown(f"The very masks this run made with **{method}** for **{domain}**: **{percent(removed)}** of {totals.weights.sum():,} weights "
                 f"in {len(totals)} matrices are removed.")
     made = figures.layer_heatmap(
         totals.assign(removed=1 - totals.kept_share), "removed", title="What the mask removes of every matrix", quantity="share removed", share=True,
         middle=float(removed), chosen=where,
-        how=f"The whole loses {removed:.1%}; matrices above that matter less to this score than the average, those below more.")
+        how=f"The whole loses {percent(removed)}; matrices above that matter less to this score than the average, those below more.")
     if made is not None and totals.kept_share.max() - totals.kept_share.min() > 0.01:   # less than that is rounding to whole weights
         clickable(made, "layers-removed")
     else:
@@ -57,7 +58,7 @@ def spreads() -> None:
     measure = right.selectbox("Measure", list(MEASURES), format_func=MEASURES.get, key="layers-measure", bind="query-params",
                               help="Spread × chance: how much more the kept shares of the parts differ than in a random mask of the same size.")
     if at is None or not data.is_large(run) or st.toggle(
-            f"Count all matrices at {selected.sparsity:.0%} (reads every rank once: some seconds)", key="layers-count"):
+            f"Count all matrices at {percent(selected.sparsity, 0)} (reads every rank once: some seconds)", key="layers-count"):
         table = data.spread(run, method, domain, part, at)
         clickable(figures.spread_heatmap(table, measure, where), "layers-map")
         ratio = table.sd_ratio
@@ -75,11 +76,11 @@ def depth() -> None:
     edges, totals = data.edges(run, method, domain), data.totals(run, method, domain)
     table = sparsity.importance_kept(edges, dict(zip(totals.matrix, totals.score, strict=True)), selected.sparsity)
     # scores that are divided by the mean of their matrix have the same mean everywhere
-    shown = SCORES if chart.informative(table.mean_score, 1e-4) else {"importance_kept": SCORES["importance_kept"]}
+    shown = SCORES if informative(table.mean_score, 1e-4) else {"importance_kept": SCORES["importance_kept"]}
     measure = st.segmented_control("Measure", list(shown), default="importance_kept", format_func=SCORES.get, key="layers-score",
                                    bind="query-params", required=True) if len(shown) > 1 else "importance_kept"
     if measure == "importance_kept":
-        kept = f"{1 - selected.sparsity:.0%}"
+        kept = f"{percent(1 - selected.sparsity, 0)}"
         clickable(figures.layer_heatmap(
             table, measure, title=f"Importance that the kept {kept} of the weights carry", quantity="share of the importance", share=True, chosen=where,
             how=f"The scores of the kept weights as a share of all scores of the matrix. Near 100 %: few weights carry everything and pruning "
@@ -101,7 +102,7 @@ def depth() -> None:
 
 
 if selected.sparsity in (0, 1):
-    st.info(f"At {selected.sparsity:.0%} sparsity {'nothing' if selected.sparsity == 0 else 'everything'} is removed, so no layer, row, column or head "
+    st.info(f"At {percent(selected.sparsity, 0)} sparsity {'nothing' if selected.sparsity == 0 else 'everything'} is removed, so no layer, row, column or head "
             "differs from another. Choose a sparsity in between at the left.")
     st.stop()
 with widgets.guarded():
@@ -109,7 +110,7 @@ with widgets.guarded():
 with widgets.guarded():
     if not own and data.mask_stamp(run, method, domain, False) is None:
         raise InputError(f"{method} can be shown at its own sparsity only", "its scores exist only while it prunes, so the run keeps no ranks",
-                         f"set the sparsity to {run.config['sparsity']:.0%}, or choose another method")
+                         f"set the sparsity to {percent(run.config['sparsity'], 0)}, or choose another method")
     spreads()
 with widgets.guarded():
     if data.mask_stamp(run, method, domain, False) is None:

@@ -2,7 +2,8 @@
 
 import streamlit as st
 
-from analysis import figures, overlap, tiles, weighing
+from analysis import figures, overlap, tiles
+from analysis.chart import percent
 from app import data, state, widgets
 from dpruner.formulas import DEFAULT_LAM
 
@@ -17,7 +18,7 @@ if selected is None:
 
 run, domain, matrix = selected.run, selected.domain, selected.matrix
 where, here = (selected.block, selected.module), f"layer {selected.block}, {selected.module}"
-percent = round(100 * selected.sparsity)
+removed = round(100 * selected.sparsity)
 
 st.markdown(f"Each weight has two ranks in its matrix: by its **{GENERAL}** (what open-domain text loses without it) and by its **{DOMAIN}** "
             f"(what text on **{domain}** loses). Where both keep a weight there is nothing to decide; the dual score of D-Pruner decides the rest.")
@@ -78,7 +79,7 @@ def clear_brush() -> None:
 def cut(column, side: str) -> float:
     """The slider of one side's threshold."""
     key = f"overlap-{side.lower()}"
-    start = {} if key in st.session_state else {"value": percent}   # a value and a state at once is what Streamlit warns of
+    start = {} if key in st.session_state else {"value": removed}   # a value and a state at once is what Streamlit warns of
     return column.slider(f"{side} side removes (%)", 0, 100, key=key, bind="query-params", **start,
                          help=f"Where the threshold of the {side.lower()} importance stands. It moves with the sparsity at the left.") / 100
 
@@ -87,9 +88,9 @@ def the_plane() -> None:
     """The general x domain plane of the selected matrix: regions, a brush, and what the dual score makes of it."""
     st.subheader(f"The plane of {here}")
     left, right = st.columns(2)
-    if st.session_state.get("overlap-followed", percent) != percent:   # the thresholds follow the sparsity at the left until they are moved
-        st.session_state["overlap-general"] = st.session_state["overlap-domain"] = percent
-    st.session_state["overlap-followed"] = percent
+    if st.session_state.get("overlap-followed", removed) != removed:   # the thresholds follow the sparsity at the left until they are moved
+        st.session_state["overlap-general"] = st.session_state["overlap-domain"] = removed
+    st.session_state["overlap-followed"] = removed
     at_general, at_domain = (cut(column, side) for column, side in ((left, "General"), (right, "Domain")))
     from_general = left.slider("Box: general ranks from, to (%)", *ALL, ALL, key="overlap-from-general", bind="query-params",
                                help="0 is the least important weight of the matrix, 100 the most. Or draw a box over the plane.")
@@ -112,14 +113,14 @@ def brushed(ranks, from_general, from_domain, brushing: bool) -> None:
     flags = overlap.brushed(ranks["general"], ranks["domain"], overlap.bin_range(*from_general), overlap.bin_range(*from_domain))
     share = float(flags.mean())
     left, right = st.columns([3, 1], vertical_alignment="center")
-    left.markdown(f"**{int(flags.sum()):,}** of {flags.size:,} weights ({share:.1%}) lie in the box: general ranks {from_general[0]} to "
+    left.markdown(f"**{int(flags.sum()):,}** of {flags.size:,} weights ({percent(share)}) lie in the box: general ranks {from_general[0]} to "
                   f"{from_general[1]} %, domain ranks {from_domain[0]} to {from_domain[1]} %.")
     right.button("Clear the box", on_click=clear_brush)
     if not flags.any():
         return
     widgets.chart(tiles.mask_overview(
         *overlap.cell_shares(flags), title=f"Where the weights of the box sit in {here}", quantity="share in the box",
-        how=f"The matrix in small rectangles, each coloured by how many of its weights lie in the box; {share:.1%} everywhere if place did not "
+        how=f"The matrix in small rectangles, each coloured by how many of its weights lie in the box; {percent(share)} everywhere if place did not "
             f"matter. Stripes are rows or columns that are alike."), "overlap-place")
 
 
@@ -143,8 +144,8 @@ def lambdas() -> None:
     stored = metrics[(metrics.metric == "decisions changed by λ") & (metrics.domain == domain)]
     if len(stored):
         changed, of = stored.value.iloc[0], stored.n.iloc[0]
-        st.markdown(f"λ is the weight of the general side in the dual score. At the run's own sparsity of {config['sparsity']:.0%}, λ = {lam:g} changed "
-                    f"**{int(changed):,}** of {int(of):,} decisions (**{changed / of:.1%}**) against the domain importance alone: half of them "
+        st.markdown(f"λ is the weight of the general side in the dual score. At the run's own sparsity of {percent(config['sparsity'], 0)}, λ = {lam:g} changed "
+                    f"**{int(changed):,}** of {int(of):,} decisions (**{percent(changed / of)}**) against the domain importance alone: half of them "
                     f"weights it saved, half weights that had to go for these.")
     if data.mask_stamp(run, "dpruner", domain, False) is None:
         st.caption("More is not known: this run chose its masks inside a walk, which leaves no ranks of the dual score.")
@@ -152,7 +153,7 @@ def lambdas() -> None:
     table = whole_model("domain", "dpruner", "lambda")
     if table is not None:
         whole = overlap.at_sparsity(table, selected.sparsity, "model").iloc[0]
-        st.markdown(f"At {percent} % sparsity with one threshold for each matrix, it changes **{whole.changed:.1%}** of the decisions of the "
+        st.markdown(f"At {removed} % sparsity with one threshold for each matrix, it changes **{percent(whole.changed)}** of the decisions of the "
                     f"whole model:")
         clickable(figures.overlap_heatmap(overlap.at_sparsity(table, selected.sparsity), DOMAIN, DUAL, "changed", where), "overlap-changed")
     if config["formula"] != "balanced" or not lam > 0:

@@ -186,12 +186,15 @@ def delete_run(run: Run) -> None:
     if not over:
         st.session_state["run-delete-problem"] = f"The run {run.id} is still going; cancel it first."
         return
+    grave = state.RUNS / ".deleted" / run.id   # one folder deeper: gone at once for every reader
     try:
-        grave = run.folder.rename(run.folder.with_name(f".{run.id}.deleted"))   # at once for every reader
+        grave.parent.mkdir(exist_ok=True)
+        run.folder.rename(grave)
         shutil.rmtree(grave)
+    except FileNotFoundError:   # somebody else deleted it
+        pass
     except OSError as error:
-        if run.folder.exists() or not isinstance(error, FileNotFoundError):
-            st.session_state["run-delete-problem"] = f"The run {run.id} could not be deleted: {str(error.strerror).lower()}; check its permissions."
+        st.session_state["run-delete-problem"] = f"The run {run.id} could not be deleted: {str(error.strerror).lower()}; check its permissions."
 
 
 def command(config: RunConfig) -> str:
