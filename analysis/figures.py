@@ -11,8 +11,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from scipy.stats import beta
 
-from analysis.chart import (AMOUNTS, AROUND, BLUE, CATEGORIES, GREY, ORANGE, PURPLE, VERMILLION, Chart, click_targets, colour_bar, columns, counted,
-                            informative, level_line, listed, look, new_figure, number, percent, plain)
+from analysis.chart import (AMOUNTS, AROUND, BLUE, CATEGORIES, GREY, ORANGE, PURPLE, VERMILLION, Chart, click_targets, colour_bar,
+                            columns, counted, informative, level_line, listed, look, new_figure, number, percent, plain)
 from analysis.matrices import layers_by_modules
 from analysis.overlap import regions
 from analysis.sparsity import chance
@@ -344,18 +344,19 @@ def region_bars(kept: pd.DataFrame, sparsity: float, a: str, b: str, third: str,
     figure = new_figure(height=300)
     colours = {"both": BLUE, "only A": ORANGE, "only B": PURPLE, "neither": GREY}
     figure.add_trace(go.Bar(
-        x=kept["kept_share"].to_numpy(), y=[plain(n) for n in named], orientation="h", marker={"color": [colours[r] for r in kept["region"]]},
+        x=kept["kept_share"].to_numpy(), y=[plain(n) for n in named], orientation="h",
+        marker={"color": [colours[r] for r in kept["region"]]},
         customdata=columns(kept["kept"], kept["weights"]), showlegend=False,
         hovertemplate="kept by %{y}<br>%{customdata[0]:,} of %{customdata[1]:,} weights (%{x:.2%})<extra></extra>"))
-    figure.add_trace(go.Scatter(x=[1.01] * len(named), y=[plain(n) for n in named], mode="text", textposition="middle right", hoverinfo="skip",
+    figure.add_trace(go.Scatter(x=[1.01] * len(named), y=[plain(n) for n in named], mode="text", textposition="middle right",
                                 text=[f"{percent(s)} of {n:,}" for s, n in zip(kept["kept_share"], kept["weights"], strict=True)],
-                                showlegend=False))
+                                hoverinfo="skip", showlegend=False))
     figure.add_vline(x=1 - sparsity, line={"color": VERMILLION, "dash": "dash"})
     figure.update_xaxes(title=f"share that {plain(third)} keeps", tickformat=".0%", range=[0, 1.3], tickvals=[0, 0.25, 0.5, 0.75, 1])
     figure.update_yaxes(title="kept by", autorange="reversed", showgrid=False)
     shares = listed(f"{percent(s)} of {n:,} ({name})" for name, s, n in zip(named, kept["kept_share"], kept["weights"], strict=True))
-    how = (f"The weights of the matrix by who keeps them, and how many of each {third} keeps. The dashed line is what a mask would keep of each "
-           f"that cared for neither side: {percent(1 - sparsity)}.")
+    how = (f"The weights of the matrix by who keeps them, and how many of each {third} keeps. The dashed line is what a mask would keep "
+           f"of each that cared for neither side: {percent(1 - sparsity)}.")
     return Chart(f"What {third} keeps of each region, {matrix}", figure, kept.assign(region=named), how,
                  f"Of the weights of {matrix}, {third} keeps {shares}.")
 
@@ -387,7 +388,8 @@ def lambda_curve(changed: pd.DataFrame, lam: float, counted_share: float, matrix
     figure.update_yaxes(title="decisions changed", tickformat=".0%", rangemode="tozero")
     most = shown.iloc[-1]
     alt = (f"Share of the decisions in {matrix} that differ from those at λ = 0, from {percent(shown['share'].iloc[0])} at λ = "
-           f"{shown['lam'].iloc[0]:g} to {percent(most.share)} at λ = {most.lam:g}; the run's λ = {lam:g} changed {percent(counted_share)}.")
-    how = ("How many decisions would differ from those of the domain importance alone. On the left the domain decides, on the right the general "
-           "side. The line follows from the stored ranks and scores, each weight known to 1/256; the diamond is counted.")
+           f"{shown['lam'].iloc[0]:g} to {percent(most.share)} at λ = {most.lam:g}; the run's λ = {lam:g} changed "
+           f"{percent(counted_share)}.")
+    how = ("How many decisions would differ from those of the domain importance alone. On the left the domain decides, on the right the "
+           "general side. The line follows from the stored ranks and scores, each weight known to 1/256; the diamond is counted.")
     return Chart(f"How many decisions any λ would change, {matrix}", figure, changed, how, alt)

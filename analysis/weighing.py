@@ -1,7 +1,7 @@
 """What λ, the weight of the general side, decides: the dual score's mask against that of the domain importance alone.
 
-The score `balanced` is S = F/mean(F) + λ·G/mean(G). A run keeps the ranks of F, G and S and the scores at the edges of their bins; from these
-the decisions at any λ follow, to about the width of a bin.
+The score `balanced` is S = F/mean(F) + λ·G/mean(G). A run keeps the ranks of F, G and S and the scores at the edges of their bins; from
+these the decisions at any λ follow, to about the width of a bin.
 """
 
 import math
@@ -68,6 +68,7 @@ def changed_by_lambda(histogram: np.ndarray, edges: Mapping[str, np.ndarray], sc
     for lam in lambdas:
         order = np.argsort(F[domain_bin] + lam * G[general_bin], kind="stable")
         passed = np.cumsum(counts[order])
-        removed = np.clip(lowest / BINS * total - (passed - counts[order]), 0, counts[order])   # the cell on the threshold is removed in part
+        # the cell on the threshold is removed in part
+        removed = np.clip(lowest / BINS * total - (passed - counts[order]), 0, counts[order])
         rows.append((lam, float(np.where(alone[order], removed, counts[order] - removed).sum())))
     return pd.DataFrame(rows, columns=["lam", "changed"]).assign(share=lambda t: t["changed"] / max(total, 1))

@@ -185,7 +185,7 @@ def texts(source: str, split: str, column: str | None = None, limit: int | None 
     return _texts(source, split, column, limit, _changed(Path(source)))
 
 
-@st.cache_data(max_entries=16, ttl=600, show_spinner="Measuring the speed of this device …")
+@st.cache_data(max_entries=16, ttl=60, show_spinner="Measuring the speed of this device …")
 def speed(name: str, revision: str | None, device: str, dtype: str) -> estimate.Speed:
     """Speed of a device at the shapes of a model."""
     return estimate.measure_speed(blank_model(name, revision), device, DTYPES[dtype])
@@ -220,7 +220,8 @@ def _part_rows(folder: str, method: str, domain: str, part: str | None = None) -
 @st.cache_data(max_entries=64, show_spinner=False)
 def _totals(folder: str, when: float, method: str, domain: str) -> pd.DataFrame:
     rows = _part_rows(folder, method, domain, "matrix").reset_index(drop=True)
-    return matrices.places(rows.matrix.tolist()).assign(weights=rows.weights, kept=rows.kept, kept_share=rows.kept / rows.weights, score=rows.score)
+    found = {"weights": rows.weights, "kept": rows.kept, "kept_share": rows.kept / rows.weights, "score": rows.score}
+    return matrices.places(rows.matrix.tolist()).assign(**found)
 
 
 def totals(run: Run, method: str, domain: str) -> pd.DataFrame:
@@ -253,7 +254,8 @@ def parts(run: Run, method: str, domain: str, matrix: str, part: str, at: float 
 @st.cache_data(max_entries=64, show_spinner=False)
 def _edges(folder: str, when: float, method: str, domain: str) -> dict[str, np.ndarray]:
     found = store.read_tensors(Run(folder).path("edges", method, domain))
-    return {n: found[n].numpy() for n in _stored(folder, when)[0] if n in found}   # a file has them by name, the masks as the model has them
+    # a file has them by name, the masks as the model has them
+    return {n: found[n].numpy() for n in _stored(folder, when)[0] if n in found}
 
 
 def edges(run: Run, method: str, domain: str) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ import streamlit.components.v1 as components
 from dpruner.errors import InputError
 
 MODEBAR = {"displaylogo": False, "toImageButtonOptions": {"format": "png", "scale": 2},
-           "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"]}
+           "modeBarButtonsToRemove": ["lasso2d", "autoScale2d"]}
 
 
 def chart(made, key: str, **options):

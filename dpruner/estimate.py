@@ -19,11 +19,11 @@ from dpruner.model import (DTYPES, _guarded, _is_folder, _load_config, _require_
                            linears_of, max_length, prunable_linears, require_length)
 from dpruner.walk import TOKENS_PER_PASS
 
-PROGRAM = {"cpu": 600e6, "cuda": 700e6}   # bytes that Python, torch and the text take before there is a model; on an accelerator its context
+PROGRAM = {"cpu": 600e6, "cuda": 700e6}   # bytes of Python, torch and the text before there is a model; on an accelerator of its context
 SPARE = 1.15            # what allocators keep beyond what is in use
 START = 5.0             # seconds until a process has imported everything
 LOADING = 0.4e9         # bytes a second: read, checked for NaN and fingerprinted
-EFFICIENCY = 0.45       # share of a bare matrix product's speed that passes through a model reach
+EFFICIENCY = 0.38       # share of a bare matrix product's speed that passes through a model reach
 HUB_CHARACTERS = 2000   # of a document nobody has downloaded yet
 SCORES = {"balanced": 8, "taylor": 12, "release": 8}   # bytes of scores per prunable weight at the end of a domain pass, G apart
 
@@ -76,8 +76,8 @@ def peak_memory(config: RunConfig, model: nn.Module, device: str) -> dict[str, i
     item = precision(config, model, device).itemsize
     vocabulary, hidden = model.get_input_embeddings().weight.shape
     shapes = [tuple(m.weight.shape) for m in linears.values()]
-    per_token = sum(map(sum, shapes)) * item + hidden * 4 * len(decoder_blocks(model)[1])    # what backward waits for: in- and outputs of linears
-    logits = vocabulary * (2 * item + 8)                                                     # and once more in float32, twice
+    per_token = sum(map(sum, shapes)) * item + hidden * 4 * len(decoder_blocks(model)[1])   # backward needs in- and outputs of linears
+    logits = vocabulary * (2 * item + 8)                                                    # and once more in float32, twice
     largest = max(a * b for a, b in shapes)
     always = {"program": PROGRAM.get(torch.device(device).type, 0), "weights": total * item, "general importance": 4 * prunable}
 
@@ -134,19 +134,34 @@ class Speed:
 
 
 def measure_speed(model: nn.Module, device: str, dtype: torch.dtype, least: float = 0.1) -> Speed:
-    """Time a matrix product and a sort on the device, each for about `least` seconds."""
+    """Time a matrix product and a sort on the device, each for about `least` seconds.
+
+    On a CPU one thread is timed and counted as often as torch has threads: several would wait for each other wherever something else runs.
+    """
     width, inner = hidden_size(model), max(max(m.weight.shape) for m in prunable_linears(model).values())
     tokens, W = torch.ones(256, width, device=device, dtype=dtype), torch.ones(width, inner, device=device, dtype=dtype)
     numbers = torch.rand(2**19, device=device)
-    return Speed(2 * tokens.shape[0] * W.numel() / _seconds_each(lambda: tokens @ W, least, device),
-                 numbers.numel() / _seconds_each(lambda: numbers.sort(stable=True), least, device))
+    threads = torch.get_num_threads() if torch.device(device).type == "cpu" else 1
+    with _one_thread():
+        return Speed(threads * 2 * tokens.shape[0] * W.numel() / _seconds_each(lambda: tokens @ W, least, device),
+                     threads * numbers.numel() / _seconds_each(lambda: numbers.sort(stable=True), least, device))
+
+
+@contextlib.contextmanager
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _seconds_each(work: Callable, least: float, device: str) -> float:
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     wait()
     times, began = [], time.perf_counter()
-    while not times or time.perf_counter() - began < least:
+    while len(times) < 5 or time.perf_counter() - began < least:
         start = time.perf_counter()
         work()
         wait()
@@ -182,7 +197,7 @@ def seconds(config: RunConfig, model: nn.Module, texts: Outline, speed: Speed, d
     vocabulary, hidden = model.get_input_embeddings().weight.shape
     passes = sum(cost for _, cost in pipeline.planned_work(config, texts))
     masks, ranks = _files(config)
-    handled = (ranks + masks / 2) * prunable / (speed.sorted * (torch.get_num_threads() if torch.device(device).type == "cpu" else 1))
+    handled = (ranks + masks / 2) * prunable / speed.sorted
     loading = START + total * precision(config, model, device).itemsize / LOADING
     return loading + passes * 2 * (prunable + vocabulary * hidden) / (EFFICIENCY * speed.flops) + handled
 

@@ -11,7 +11,7 @@ from streamlit.testing.v1 import AppTest
 
 from analysis import generation
 from app import resident, state
-from dpruner import InputError, RunConfig, load_model, store
+from dpruner import InputError, load_model, store
 from dpruner.generate import generate, read
 from dpruner.masks import pruned
 from dpruner.model import fingerprint
@@ -244,4 +244,3 @@ def test_only_one_model_is_resident_and_the_old_one_goes_first(run, tmp_path, mo
         with resident.taken(wanted):
             pass
         assert len(alive) == loads
-    assert RunConfig.from_dict(run.config).model == run.config["model"]

@@ -1,4 +1,4 @@
-"""The page Overlap: its numbers against counting by hand, the brush, the thresholds of both sides, and what it says where something is missing."""
+"""The page Overlap: its numbers against counting by hand, the brush, both thresholds; what it says where something is missing."""
 
 import base64
 import json

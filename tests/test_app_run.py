@@ -65,7 +65,8 @@ def calm(at: AppTest) -> AppTest:
 def written(folder: Path, config: RunConfig | None = None, **status) -> Run:
     """A run folder whose process is this one."""
     store.write_json(folder / "run.json", {"config": (config or RunConfig()).to_dict()})
-    store.write_json(folder / "status.json", {**worker.WAITING, "pid": os.getpid(), "pid_born": psutil.Process().create_time(), "born": time.time(), **status})
+    me = {"pid": os.getpid(), "pid_born": psutil.Process().create_time(), "born": time.time()}
+    store.write_json(folder / "status.json", {**worker.WAITING, **me, **status})
     return Run(folder)
 
 
@@ -96,7 +97,8 @@ def test_the_newest_finished_run_is_summed_up(runs, small):
 
 
 def test_a_waiting_and_a_running_run_say_where_they_are(runs):
-    written(runs / "20300101-a", state="running", stage="domain importance", about="legal", done=3, total=8, progress=0.42, eta_seconds=95.0)
+    written(runs / "20300101-a", state="running", stage="domain importance", about="legal", done=3, total=8, progress=0.42,
+            eta_seconds=95.0)
     written(runs / "20300102-b", device="cpu", ahead=2)
     (runs / "20300101-a" / "log.txt").write_text("first\nlast words\n")
     at = opened(**{"log-20300101-a": True})
@@ -117,7 +119,8 @@ def test_cancel_ends_the_run_it_stands_beside(runs, monkeypatch):
 
 
 def test_failed_killed_and_damaged_runs_are_one_sentence_each_and_the_page_goes_on(runs):
-    written(runs / "20300101-failed", state="failed", error={"what": "The model 'x' could not be loaded", "why": "it is gated", "what to do": "log in"})
+    gated = {"what": "The model 'x' could not be loaded", "why": "it is gated", "what to do": "log in"}
+    written(runs / "20300101-failed", state="failed", error=gated)
     written(runs / "20300102-killed", state="running", pid=2**22 - 1)
     written(runs / "20300103-damaged")
     (runs / "20300103-damaged" / "status.json").write_text("{")
@@ -200,8 +203,8 @@ def test_start_submits_what_the_fields_say(runs, submitted):
     at.selectbox(key="run-dtype").set_value("bfloat16")
     calm(at.run())
     calm(start(at).click().run())
-    assert submitted == [RunConfig(domains=("legal", "code"), methods=("dpruner", "wanda"), sparsity=0.6, formula="taylor", lam=0.3, nsamples=5,
-                                   halves=False, dtype="bfloat16", eval_documents=10)]
+    assert submitted == [RunConfig(domains=("legal", "code"), methods=("dpruner", "wanda"), sparsity=0.6, formula="taylor", lam=0.3,
+                                   nsamples=5, halves=False, dtype="bfloat16", eval_documents=10)]
     assert "**20300101-000001-new** waits" in words(at)
 
 
@@ -210,9 +213,11 @@ def test_the_paper_recipe_keeps_to_what_the_model_was_built_for(runs, submitted)
     calm(at.button(key="run-preset-paper").click().run())
     assert at.number_input(key="run-seqlen").value == 512 and not start(at).disabled   # the starter has 512 positions, the paper took 2,048
     calm(start(at).click().run())
-    assert (submitted[0].finetune, submitted[0].formula, submitted[0].nsamples, submitted[0].epochs, submitted[0].lam) == (True, "release", 128, 5, None)
+    paper = submitted[0]
+    assert (paper.finetune, paper.formula, paper.nsamples, paper.epochs, paper.lam) == (True, "release", 128, 5, None)
     calm(at.button(key="run-preset-quick").click().run())
-    assert (at.number_input(key="run-seqlen").value, at.toggle(key="run-finetune").value, at.selectbox(key="run-formula").value) == (128, False, "balanced")
+    assert at.number_input(key="run-seqlen").value == 128 and not at.toggle(key="run-finetune").value
+    assert at.selectbox(key="run-formula").value == "balanced"
 
 
 @pytest.mark.parametrize(("fields", "sentence"), [
@@ -266,7 +271,7 @@ def test_the_card_knows_the_model_and_says_what_zeros_are_worth(runs):
 
 
 def test_files_that_are_brought_become_domains_with_a_column_each(runs, submitted):
-    table = pd.DataFrame({"id": range(6), "title": [f"title {i}" for i in range(6)], "body": [f"body of contract {i}. " * 20 for i in range(6)]})
+    table = pd.DataFrame([{"id": i, "title": f"title {i}", "body": f"body of contract {i}. " * 20} for i in range(6)])
     at = opened()
     at.file_uploader(key="run-upload").upload("../../My contracts!.csv", table.to_csv(index=False).encode(), "text/csv")
     calm(at.run())
@@ -279,7 +284,8 @@ def test_files_that_are_brought_become_domains_with_a_column_each(runs, submitte
     assert at.text[0].value.startswith("body of contract 0.")
     calm(start(at).click().run())
     label, path = submitted[0].domains[-1].split("=")
-    assert label == "My-contracts" and Path(path).is_absolute() and json.loads(Path(path).read_text().splitlines()[2])["text"].startswith("body of contract 2")
+    assert label == "My-contracts" and Path(path).is_absolute()
+    assert json.loads(Path(path).read_text().splitlines()[2])["text"].startswith("body of contract 2")
     calm(at.multiselect(key="run-files").set_value([]).run())
     assert at.multiselect(key="run-files").value == []   # taken out, it stays out, though the uploader still holds it
 
@@ -322,7 +328,8 @@ def test_a_model_without_weights_counts_as_the_model_itself(starter):
 
 
 def test_disk_is_what_the_run_takes(small):
-    taken = sum(p.stat().st_size for folder in (small.run.folder / "masks", small.run.folder / "ranks", small.cache) for p in folder.rglob("*.safetensors"))
+    folders = (small.run.folder / "masks", small.run.folder / "ranks", small.cache)
+    taken = sum(p.stat().st_size for folder in folders for p in folder.rglob("*.safetensors"))
     heads = len(list(small.run.folder.rglob("*.safetensors"))) * 5000   # names and shapes, which count in a model this tiny only
     assert taken - heads < estimate.disk(small.config, estimate.blank_model(small.config.model)) < taken
 
@@ -334,7 +341,8 @@ def test_more_work_takes_longer_and_more_memory():
 
     def of(**changes):
         config = dataclasses.replace(base, **changes)
-        return sum(estimate.peak_memory(config, model, "cuda").values()), estimate.seconds(config, model, estimate.Outline(config), speed, "cuda")
+        memory = sum(estimate.peak_memory(config, model, "cuda").values())
+        return memory, estimate.seconds(config, model, estimate.Outline(config), speed, "cuda")
 
     memory, time_ = of()
     assert memory > 2 * 6.74e9 + 4 * 6.47e9   # weights and general importance at the very least

@@ -99,8 +99,8 @@ def test_a_killed_run_has_failed_and_says_so_from_then_on(llama, runs, tmp_path)
     pid = wait_for(lambda: (s := worker.state(run))["state"] == "running" and s["pid"])
     os.kill(pid, signal.SIGKILL)
     status = wait_for(lambda: (s := worker.state(run))["state"] == "failed" and s, 10)
-    assert sentence(status) == ("The run stopped in the middle: its process ended without a word, killed or out of memory; start it again, with less "
-                                "memory in use or a smaller model if it ends so once more.")
+    assert sentence(status) == ("The run stopped in the middle: its process ended without a word, killed or out of memory; start it again, "
+                                "with less memory in use or a smaller model if it ends so once more.")
     assert run.status["state"] == "failed"   # written down, for readers that do not ask for the process
     with FileLock(runs / ".cpu.lock", timeout=5):
         pass
@@ -131,7 +131,8 @@ def test_runs_that_are_over_damaged_or_on_another_device_are_not_waited_for(tmp_
     mine = {"pid": os.getpid(), "pid_born": psutil.Process().create_time()}
     now = time.time()
     here = written(tmp_path / "here", device="cpu", born=now - 9, **mine)
-    for name, status in {"elsewhere": {"device": "cuda:0"}, "done": {"state": "done"}, "failed": {"state": "failed"}, "later": {"born": now + 9}}.items():
+    others = {"elsewhere": {"device": "cuda:0"}, "done": {"state": "done"}, "failed": {"state": "failed"}, "later": {"born": now + 9}}
+    for name, status in others.items():
         written(tmp_path / name, **{"device": "cpu", "born": now - 9, **mine, **status})
     written(tmp_path / "damaged")
     (tmp_path / "damaged" / "status.json").write_text("{")

@@ -8,7 +8,8 @@ from app import data, state, widgets
 from dpruner.errors import InputError
 
 PARTS = {"row": "Rows (outputs)", "column": "Columns (inputs)", "head": "Heads"}
-MEASURES = {"sd_ratio": "Spread, × chance", "losing_more": "Share that loses much more", "sd": "Standard deviation", "gini": "Gini coefficient"}
+MEASURES = {"sd_ratio": "Spread, × chance", "losing_more": "Share that loses much more", "sd": "Standard deviation",
+            "gini": "Gini coefficient"}
 SCORES = {"importance_kept": "Importance that is kept", "mean_score": "Mean score"}
 
 st.title("Layers")
@@ -35,17 +36,18 @@ def masks() -> None:
                     f"one threshold for each matrix.")
         return
     removed = 1 - totals.kept.sum() / totals.weights.sum()
-    st.markdown(f"The very masks this run made with **{method}** for **{domain}**: **{percent(removed)}** of {totals.weights.sum():,} weights "
-                f"in {len(totals)} matrices are removed.")
+    st.markdown(f"The very masks this run made with **{method}** for **{domain}**: **{percent(removed)}** of {totals.weights.sum():,} "
+                f"weights in {len(totals)} matrices are removed.")
     made = figures.layer_heatmap(
-        totals.assign(removed=1 - totals.kept_share), "removed", title="What the mask removes of every matrix", quantity="share removed", share=True,
-        middle=float(removed), chosen=where,
+        totals.assign(removed=1 - totals.kept_share), "removed", title="What the mask removes of every matrix",
+        quantity="share removed", share=True, middle=float(removed), chosen=where,
         how=f"The whole loses {percent(removed)}; matrices above that matter less to this score than the average, those below more.")
     if made is not None and totals.kept_share.max() - totals.kept_share.min() > 0.01:   # less than that is rounding to whole weights
         clickable(made, "layers-removed")
     else:
-        st.caption("Every matrix loses the same share by construction, so bars of it would say nothing. What differs is below: heads, rows and "
-                   "columns inside the matrices, the importance that goes with them, and what one threshold for the whole model would do.")
+        st.caption("Every matrix loses the same share by construction, so bars of it would say nothing. What differs is below: heads, "
+                   "rows and columns inside the matrices, the importance that goes with them, and what one threshold for the whole "
+                   "model would do.")
 
 
 def spreads() -> None:
@@ -53,17 +55,19 @@ def spreads() -> None:
     st.subheader("Heads, rows, columns")
     kinds = [part for part in PARTS if part != "head" or data.heads(run)]
     left, right = st.columns(2)
-    part = left.segmented_control("Parts", kinds, default="row", format_func=PARTS.get, key="layers-part", bind="query-params", required=True,
-                                  help="A row of a matrix makes one output, a column reads one input; a head is a group of them in attention.")
-    measure = right.selectbox("Measure", list(MEASURES), format_func=MEASURES.get, key="layers-measure", bind="query-params",
-                              help="Spread × chance: how much more the kept shares of the parts differ than in a random mask of the same size.")
+    part = left.segmented_control(
+        "Parts", kinds, default="row", format_func=PARTS.get, key="layers-part", bind="query-params", required=True,
+        help="A row of a matrix makes one output, a column reads one input; a head is a group of them in attention.")
+    measure = right.selectbox(
+        "Measure", list(MEASURES), format_func=MEASURES.get, key="layers-measure", bind="query-params",
+        help="Spread × chance: how much more the kept shares of the parts differ than in a random mask of the same size.")
     if at is None or not data.is_large(run) or st.toggle(
             f"Count all matrices at {percent(selected.sparsity, 0)} (reads every rank once: some seconds)", key="layers-count"):
         table = data.spread(run, method, domain, part, at)
         clickable(figures.spread_heatmap(table, measure, where), "layers-map")
         ratio = table.sd_ratio
-        st.caption(f"Over the {len(table)} matrices, {PARTS[part].lower()} differ {ratio.min():.1f} to {ratio.max():.1f} times as much as chance, "
-                   f"in the median {ratio.median():.1f} times. Click a cell to look into that matrix.")
+        st.caption(f"Over the {len(table)} matrices, {PARTS[part].lower()} differ {ratio.min():.1f} to {ratio.max():.1f} times as much as "
+                   f"chance, in the median {ratio.median():.1f} times. Click a cell to look into that matrix.")
     if part == "head" and selected.matrix not in data.heads(run):
         st.info(f"There are no heads in {here}: choose a matrix of the attention, or look at rows and columns.")
     else:
@@ -80,36 +84,40 @@ def depth() -> None:
     measure = st.segmented_control("Measure", list(shown), default="importance_kept", format_func=SCORES.get, key="layers-score",
                                    bind="query-params", required=True) if len(shown) > 1 else "importance_kept"
     if measure == "importance_kept":
-        kept = f"{percent(1 - selected.sparsity, 0)}"
+        kept = percent(1 - selected.sparsity, 0)
         clickable(figures.layer_heatmap(
-            table, measure, title=f"Importance that the kept {kept} of the weights carry", quantity="share of the importance", share=True, chosen=where,
-            how=f"The scores of the kept weights as a share of all scores of the matrix. Near 100 %: few weights carry everything and pruning "
-                f"costs little by this score; near {kept}: all weights matter alike, as under random scores of one value."), "layers-importance")
+            table, measure, title=f"Importance that the kept {kept} of the weights carry", quantity="share of the importance", share=True,
+            chosen=where, how=f"The scores of the kept weights as a share of all scores of the matrix. Near 100 %: few weights carry "
+                              f"everything and pruning costs little by this score; near {kept}: all weights matter alike."),
+            "layers-importance")
     else:
         clickable(figures.layer_heatmap(
             table, measure, title=f"Mean score of {method} in every matrix", quantity="mean score", chosen=where,
-            how=f"The mean of the score that {method} ranks weights by, in its own unit. Matrices compare where the score means the same "
-                f"everywhere."), "layers-mean")
+            how=f"The mean of the score that {method} ranks weights by, in its own unit. Matrices compare where the score means the "
+                f"same everywhere."), "layers-mean")
 
     st.subheader("One threshold for the whole model")
     sizes = dict(zip(totals.matrix, totals.weights, strict=True))
-    clickable(figures.whole_model_chart(sparsity.whole_model_kept(edges, sizes, selected.sparsity), selected.sparsity, where), "layers-whole")
+    shares = sparsity.whole_model_kept(edges, sizes, selected.sparsity)
+    clickable(figures.whole_model_chart(shares, selected.sparsity, where), "layers-whole")
     config = run.config
     if method in ("dpruner", "domain") and config["formula"] == "balanced" and config["granularity"] != "global":
-        st.caption("Mind the scale: this run divided the scores by their mean in each matrix, so a matrix keeps much here where its importance "
-                   "is spread over many weights, and little where a few carry it. A run with granularity *global* divides by one mean for the "
-                   "whole model, and its picture compares the layers themselves.")
+        st.caption("Mind the scale: this run divided the scores by their mean in each matrix, so a matrix keeps much here where its "
+                   "importance is spread over many weights, and little where a few carry it. A run with granularity *global* divides by "
+                   "one mean for the whole model, and its picture compares the layers themselves.")
 
 
 if selected.sparsity in (0, 1):
-    st.info(f"At {percent(selected.sparsity, 0)} sparsity {'nothing' if selected.sparsity == 0 else 'everything'} is removed, so no layer, row, column or head "
-            "differs from another. Choose a sparsity in between at the left.")
+    gone = "nothing" if selected.sparsity == 0 else "everything"
+    st.info(f"At {percent(selected.sparsity, 0)} sparsity {gone} is removed, so no layer, row, column or head differs from another. "
+            "Choose a sparsity in between at the left.")
     st.stop()
 with widgets.guarded():
     masks()
 with widgets.guarded():
     if not own and data.mask_stamp(run, method, domain, False) is None:
-        raise InputError(f"{method} can be shown at its own sparsity only", "its scores exist only while it prunes, so the run keeps no ranks",
+        raise InputError(f"{method} can be shown at its own sparsity only",
+                         "its scores exist only while it prunes, so the run keeps no ranks",
                          f"set the sparsity to {percent(run.config['sparsity'], 0)}, or choose another method")
     spreads()
 with widgets.guarded():

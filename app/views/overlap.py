@@ -20,11 +20,12 @@ run, domain, matrix = selected.run, selected.domain, selected.matrix
 where, here = (selected.block, selected.module), f"layer {selected.block}, {selected.module}"
 removed = round(100 * selected.sparsity)
 
-st.markdown(f"Each weight has two ranks in its matrix: by its **{GENERAL}** (what open-domain text loses without it) and by its **{DOMAIN}** "
-            f"(what text on **{domain}** loses). Where both keep a weight there is nothing to decide; the dual score of D-Pruner decides the rest.")
+st.markdown(f"Each weight has two ranks in its matrix: by its **{GENERAL}** (what open-domain text loses without it) and by its "
+            f"**{DOMAIN}** (what text on **{domain}** loses). Where both keep a weight there is little to decide; the dual score of "
+            f"D-Pruner decides the rest.")
 if any(data.mask_stamp(run, side, domain, False) is None for side in ("general", "domain")):
-    st.info("This run keeps no general and domain importance: they come with the method **dpruner**. Choose another run at the left, or start one "
-            "with that method on the page **Run**.")
+    st.info("This run keeps no general and domain importance: they come with the method **dpruner**. Choose another run at the left, or "
+            "start one with that method on the page **Run**.")
     st.stop()
 
 
@@ -35,7 +36,8 @@ def clickable(made, key: str) -> None:
 
 def whole_model(a: str, b: str, key: str):
     """Overlap of two rankings in all matrices at every sparsity; None while the user has not asked for what takes long."""
-    if data.is_large(run) and not st.toggle("Compare all matrices (reads two ranks of every weight once: this takes a while)", key=f"overlap-{key}"):
+    asked = "Compare all matrices (reads two ranks of every weight once: this takes a while)"
+    if data.is_large(run) and not st.toggle(asked, key=f"overlap-{key}"):
         return None
     return data.overlaps(run, a, b, domain)
 
@@ -50,17 +52,19 @@ def kept_sets() -> None:
     by_matrix = overlap.at_sparsity(table, selected.sparsity)
     chosen = by_matrix[by_matrix.matrix == matrix].iloc[0]
     left, middle, right = st.columns(3)
-    left.metric("Jaccard similarity, whole model", f"{whole.jaccard:.3f}", f"random masks: {whole.floor:.3f}", delta_color="off", delta_arrow="off",
+    plain = {"delta_color": "off", "delta_arrow": "off"}
+    left.metric("Jaccard similarity, whole model", f"{whole.jaccard:.3f}", f"random masks: {whole.floor:.3f}", **plain,
                 help="Weights that both keep as a share of those that either keeps, beside what two random masks of this sparsity share.")
-    middle.metric("Rank correlation, whole model", f"{whole.spearman:.3f}", "no relation: 0", delta_color="off", delta_arrow="off",
+    middle.metric("Rank correlation, whole model", f"{whole.spearman:.3f}", "no relation: 0", **plain,
                   help="Spearman's correlation of the ranks inside the matrices: 1 is the same order, 0 no relation.")
-    right.metric(f"Jaccard similarity, {here}", f"{chosen.jaccard:.3f}", f"random masks: {chosen.floor:.3f}", delta_color="off", delta_arrow="off")
-    measure = st.segmented_control("Measure", list(MEASURES), default="jaccard", format_func=MEASURES.get, key="overlap-measure", required=True,
-                                   bind="query-params", help="The rank correlation regards all weights, and does not move with the sparsity.")
+    right.metric(f"Jaccard similarity, {here}", f"{chosen.jaccard:.3f}", f"random masks: {chosen.floor:.3f}", **plain)
+    measure = st.segmented_control(
+        "Measure", list(MEASURES), default="jaccard", format_func=MEASURES.get, key="overlap-measure", bind="query-params", required=True,
+        help="The rank correlation regards all weights, and does not move with the sparsity.")
     clickable(figures.overlap_heatmap(by_matrix, GENERAL, DOMAIN, measure, where), "overlap-map")
-    curves = {f"whole model ({domain})": ("model", "model"), f"all {selected.module}": ("module", selected.module), here: ("matrix", matrix)}
-    widgets.chart(figures.overlap_curves({name: table[(table.by == by) & (table.group == group)] for name, (by, group) in curves.items()},
-                                         GENERAL, DOMAIN, selected.sparsity), "overlap-curves")
+    curves = {"whole model": ("model", "model"), f"all {selected.module}": ("module", selected.module), here: ("matrix", matrix)}
+    rows = {name: table[(table.by == by) & (table.group == group)] for name, (by, group) in curves.items()}
+    widgets.chart(figures.overlap_curves(rows, GENERAL, DOMAIN, selected.sparsity), "overlap-curves")
 
 
 def take_brush() -> None:
@@ -76,12 +80,10 @@ def clear_brush() -> None:
     st.session_state["overlap-from-general"] = st.session_state["overlap-from-domain"] = ALL
 
 
-def cut(column, side: str) -> float:
-    """The slider of one side's threshold."""
-    key = f"overlap-{side.lower()}"
-    start = {} if key in st.session_state else {"value": removed}   # a value and a state at once is what Streamlit warns of
-    return column.slider(f"{side} side removes (%)", 0, 100, key=key, bind="query-params", **start,
-                         help=f"Where the threshold of the {side.lower()} importance stands. It moves with the sparsity at the left.") / 100
+def slider(column, label: str, key: str, value, explained: str):
+    """A slider from 0 to 100 whose value may also be set by the page: a value and a state at once is what Streamlit warns of."""
+    start = {} if key in st.session_state else {"value": value}
+    return column.slider(label, 0, 100, key=key, bind="query-params", help=explained, **start)
 
 
 def the_plane() -> None:
@@ -91,10 +93,14 @@ def the_plane() -> None:
     if st.session_state.get("overlap-followed", removed) != removed:   # the thresholds follow the sparsity at the left until they are moved
         st.session_state["overlap-general"] = st.session_state["overlap-domain"] = removed
     st.session_state["overlap-followed"] = removed
-    at_general, at_domain = (cut(column, side) for column, side in ((left, "General"), (right, "Domain")))
-    from_general = left.slider("Box: general ranks from, to (%)", *ALL, ALL, key="overlap-from-general", bind="query-params",
-                               help="0 is the least important weight of the matrix, 100 the most. Or draw a box over the plane.")
-    from_domain = right.slider("Box: domain ranks from, to (%)", *ALL, ALL, key="overlap-from-domain", bind="query-params")
+    at_general, at_domain = (
+        slider(column, f"{side} side removes (%)", f"overlap-{side.lower()}", removed,
+               f"Where the threshold of the {side.lower()} importance stands. It moves with the sparsity at the left.") / 100
+        for column, side in ((left, "General"), (right, "Domain")))
+    from_general, from_domain = (
+        slider(column, f"Box: {side} ranks from, to (%)", f"overlap-from-{side}", ALL,
+               "0 is the least important weight of the matrix, 100 the most. Or draw a box over the plane.")
+        for column, side in ((left, "general"), (right, "domain")))
     brushing = (from_general, from_domain) != (ALL, ALL)
     ranks = data.sides(run, domain, matrix, ("general", "domain"))
     histogram = overlap.joint_histogram(ranks["general"], ranks["domain"])
@@ -113,21 +119,22 @@ def brushed(ranks, from_general, from_domain, brushing: bool) -> None:
     flags = overlap.brushed(ranks["general"], ranks["domain"], overlap.bin_range(*from_general), overlap.bin_range(*from_domain))
     share = float(flags.mean())
     left, right = st.columns([3, 1], vertical_alignment="center")
-    left.markdown(f"**{int(flags.sum()):,}** of {flags.size:,} weights ({percent(share)}) lie in the box: general ranks {from_general[0]} to "
-                  f"{from_general[1]} %, domain ranks {from_domain[0]} to {from_domain[1]} %.")
+    left.markdown(f"**{int(flags.sum()):,}** of {flags.size:,} weights ({percent(share)}) lie in the box: general ranks {from_general[0]} "
+                  f"to {from_general[1]} %, domain ranks {from_domain[0]} to {from_domain[1]} %.")
     right.button("Clear the box", on_click=clear_brush)
     if not flags.any():
         return
     widgets.chart(tiles.mask_overview(
         *overlap.cell_shares(flags), title=f"Where the weights of the box sit in {here}", quantity="share in the box",
-        how=f"The matrix in small rectangles, each coloured by how many of its weights lie in the box; {percent(share)} everywhere if place did not "
-            f"matter. Stripes are rows or columns that are alike."), "overlap-place")
+        how=f"The matrix in small rectangles, each coloured by how many of its weights lie in the box; {percent(share)} everywhere if "
+            f"place did not matter. Stripes are rows or columns that are alike."), "overlap-place")
 
 
 def kept_of_regions(ranks, at_general: float, at_domain: float) -> None:
     """What the dual score keeps of every region."""
     if data.mask_stamp(run, "dpruner", domain, False) is None:
-        st.info("What the dual score keeps cannot be shown: this run chose its masks inside a walk, which leaves no ranks of the dual score.")
+        st.info("What the dual score keeps cannot be shown: this run chose its masks inside a walk, which leaves no ranks of the dual "
+                "score.")
         return
     dual = data.sides(run, domain, matrix, ("dpruner",))["dpruner"]
     counted = overlap.region_histogram(ranks["general"], ranks["domain"], dual, at_general, at_domain)
@@ -144,20 +151,22 @@ def lambdas() -> None:
     stored = metrics[(metrics.metric == "decisions changed by λ") & (metrics.domain == domain)]
     if len(stored):
         changed, of = stored.value.iloc[0], stored.n.iloc[0]
-        st.markdown(f"λ is the weight of the general side in the dual score. At the run's own sparsity of {percent(config['sparsity'], 0)}, λ = {lam:g} changed "
-                    f"**{int(changed):,}** of {int(of):,} decisions (**{percent(changed / of)}**) against the domain importance alone: half of them "
-                    f"weights it saved, half weights that had to go for these.")
+        st.markdown(f"λ is the weight of the general side in the dual score. At the run's own sparsity of "
+                    f"{percent(config['sparsity'], 0)}, λ = {lam:g} changed **{int(changed):,}** of {int(of):,} decisions "
+                    f"(**{percent(changed / of)}**) against the domain importance alone: half of them weights it saved, half weights that "
+                    f"had to go for these.")
     if data.mask_stamp(run, "dpruner", domain, False) is None:
         st.caption("More is not known: this run chose its masks inside a walk, which leaves no ranks of the dual score.")
         return
     table = whole_model("domain", "dpruner", "lambda")
     if table is not None:
         whole = overlap.at_sparsity(table, selected.sparsity, "model").iloc[0]
-        st.markdown(f"At {removed} % sparsity with one threshold for each matrix, it changes **{percent(whole.changed)}** of the decisions of the "
-                    f"whole model:")
+        st.markdown(f"At {removed} % sparsity with one threshold for each matrix, it changes **{percent(whole.changed)}** of the decisions "
+                    f"of the whole model:")
         clickable(figures.overlap_heatmap(overlap.at_sparsity(table, selected.sparsity), DOMAIN, DUAL, "changed", where), "overlap-changed")
     if config["formula"] != "balanced" or not lam > 0:
-        st.caption("What another λ would have changed does not follow from what the run keeps: that takes the formula *balanced* and a λ above 0.")
+        st.caption("What another λ would have changed does not follow from what the run keeps: that takes the formula *balanced* and a λ "
+                   "above 0.")
         return
     curve, counted_share = data.lambda_changes(run, domain, matrix, selected.sparsity, lam)
     if len(curve):

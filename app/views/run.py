@@ -6,7 +6,6 @@ import shlex
 import shutil
 from pathlib import Path
 
-import pandas as pd
 import streamlit as st
 import torch
 
@@ -23,12 +22,13 @@ from dpruner.store import Run
 
 HELP = {f.name: f.metadata["help"][0].upper() + f.metadata["help"][1:] + "." for f in dataclasses.fields(RunConfig)}
 DEFAULT = RunConfig()
-QUICK = {"nsamples": 32, "seqlen": 128, "formula": "balanced", "finetune": False, "granularity": "matrix", "eval_documents": 3, "halves": True,
-         "compensate": None}
+QUICK = {"nsamples": 32, "seqlen": 128, "formula": "balanced", "finetune": False, "granularity": "matrix", "eval_documents": 3,
+         "halves": True, "compensate": None}
 PAPER = {"nsamples": 128, "seqlen": 2048, "formula": "release", "finetune": True, "epochs": 5, "granularity": "matrix", "sparsity": 50,
          "sparsity_of": "prunable", "eval_documents": 100, "halves": True, "compensate": None, "general_mode": "sequential", "lam": None}
 SOURCES = {STARTER: "Starter model", "folder": "A folder on this machine", "hub": "Hugging Face hub"}
-PAGES = {"layers": "stacks", "overlap": "join_inner", "similarity": "grid_on", "explore": "zoom_in", "generate": "edit_note", "results": "monitoring"}
+PAGES = {"layers": "stacks", "overlap": "join_inner", "similarity": "grid_on", "explore": "zoom_in", "generate": "edit_note",
+         "results": "monitoring"}
 LOG_LINES = 40
 SHOWN_CHARACTERS = 600
 
@@ -71,7 +71,8 @@ def said(status: dict) -> str:
     """A status as a sentence."""
     if error := status.get("error"):
         return f"{error['what']}: {error['why']}; {error['what to do']}."
-    return {"queued": "waits", "running": f"is running ({status.get('progress', 0):.0%})", "done": "is finished"}.get(status["state"], "was cancelled")
+    return {"queued": "waits", "running": f"is running ({status.get('progress', 0):.0%})", "done": "is finished",
+            "cancelled": "was cancelled"}[status["state"]]
 
 
 def show_active(run: Run, status: dict) -> None:
@@ -80,10 +81,12 @@ def show_active(run: Run, status: dict) -> None:
         words, button = st.columns([5, 1], vertical_alignment="center")
         if status["state"] == "queued":
             ahead = status.get("ahead", 0)
-            words.markdown(f"**{run.id}** waits: " + (f"{ahead} run{'s' * (ahead > 1)} before it on {status['device']}." if ahead else "it is just starting."))
+            words.markdown(f"**{run.id}** waits: " + (
+                f"{ahead} run{'s' * (ahead > 1)} before it on {status['device']}." if ahead else "it is just starting."))
         else:
             words.markdown(f"**{run.id}** is running.")
-        if button.button("Cancel", key=f"run-cancel-{run.id}", icon=":material/cancel:", help="End this run; what it has finished stays in its folder."):
+        if button.button("Cancel", key=f"run-cancel-{run.id}", icon=":material/cancel:",
+                         help="End this run; what it has finished stays in its folder."):
             with st.spinner("Ending it …"):
                 worker.cancel(run)
             st.rerun()
@@ -125,21 +128,23 @@ def latest(run: Run) -> None:
     """A finished run in a few figures, and where to see more of it."""
     found, settings = data.summary(run), run.config
     st.subheader("Latest result", anchor="latest")
-    st.markdown(f"**{settings['model']}**, {settings['sparsity']:.0%} of the {'whole model' if settings['sparsity_of'] == 'model' else 'prunable weights'} "
-                f"removed, for {', '.join(found['labels'])} · `{run.id}`")
+    share = "whole model" if settings["sparsity_of"] == "model" else "prunable weights"
+    st.markdown(f"**{settings['model']}**, {settings['sparsity']:.0%} of the {share} removed, for {', '.join(found['labels'])} · "
+                f"`{run.id}`")
     st.markdown("**Perplexity on held-out text** (95 % interval)")
     if found["perplexity"].empty:
         st.caption("It was not measured in this run.")
     else:
         st.dataframe(found["perplexity"], hide_index=True, key="run-perplexity")
-        st.caption("How badly the model predicts text it has not seen: lower is better. Where two intervals overlap much, these texts do not tell which is better.")
+        st.caption("How badly the model predicts text it has not seen: lower is better. Where two intervals overlap much, these texts do "
+                   "not tell which is better.")
     st.markdown("**Similarity of the domains' masks** (Jaccard)")
     if found["similarity"].empty:
         st.caption("There is nothing to compare: it takes two domains, and a method that regards them.")
     else:
         st.dataframe(found["similarity"], hide_index=True, key="run-similarity")
-        st.caption("Weights that both masks keep, of those that either keeps. *Random*: what two random masks share. *Same domain*: what masks from "
-                   "two halves of one domain's text share. Only the place between these two says something.")
+        st.caption("Weights that both masks keep, of those that either keeps. *Random*: what two random masks share. *Same domain*: what "
+                   "masks from two halves of one domain's text share. Only the place between these two says something.")
     if found["lambda"]:
         st.markdown("λ, the weight of general importance, changed " + ", ".join(
             f"**{c['changed'] / c['of']:.2%}** of the mask decisions for {domain}" for domain, c in found["lambda"].items()) + ".")
@@ -164,8 +169,8 @@ def every_run(known: list[tuple[Run, dict]]) -> None:
         st.code(command(config), language="bash", wrap_lines=True)
     config_file, log, delete = st.columns([1, 1, 3])
     with config_file, widgets.guarded():
-        st.download_button("Config file", json.dumps(run.record, indent=1, ensure_ascii=False).encode(), f"{run.id}.json", "application/json",
-                           key="run-config", icon=":material/download:", on_click="ignore",
+        st.download_button("Config file", json.dumps(run.record, indent=1, ensure_ascii=False).encode(), f"{run.id}.json",
+                           "application/json", key="run-config", icon=":material/download:", on_click="ignore",
                            help="All settings, versions and fingerprints; `python -m dpruner prune --config FILE` repeats the run.")
     with delete.popover("Delete", icon=":material/delete:", disabled=status["state"] in ("queued", "running"),
                         help="A waiting or running run has to be cancelled first." if status["state"] in ("queued", "running") else None):
@@ -194,7 +199,8 @@ def delete_run(run: Run) -> None:
     except FileNotFoundError:   # somebody else deleted it
         pass
     except OSError as error:
-        st.session_state["run-delete-problem"] = f"The run {run.id} could not be deleted: {str(error.strerror).lower()}; check its permissions."
+        why = str(error.strerror).lower()
+        st.session_state["run-delete-problem"] = f"The run {run.id} could not be deleted: {why}; check its permissions."
 
 
 def command(config: RunConfig) -> str:
@@ -261,7 +267,8 @@ def choose_model() -> dict:
         return {"model": str(Path(name).expanduser().absolute()) if name else "", "revision": None}
     if source == "hub":
         name, revision = st.columns([2, 1])
-        name = name.text_input("Hub id", key="run-hub", placeholder="Qwen/Qwen2.5-0.5B", bind="query-params", help="Owner and name, as on its page.").strip()
+        name = name.text_input("Hub id", key="run-hub", placeholder="Qwen/Qwen2.5-0.5B", bind="query-params",
+                               help="Owner and name, as on its page.").strip()
         revision = revision.text_input("Revision", key="run-revision", placeholder="main", bind="query-params",
                                        help=f"{HELP['revision']} Pin a commit to get the same model again.").strip()
         return {"model": name, "revision": revision or None}
@@ -272,10 +279,11 @@ def choose_domains() -> list[str]:
     """Fields of the domains, and a look at their text; each domain as RunConfig takes it."""
     st.markdown("**Domains**")
     built_in = [d for d in builtin_domains() if d != DEFAULT.general]
-    chosen = list(st.multiselect("Built in", built_in, [d for d in DEFAULT.domains if d in built_in], key="run-domains", bind="query-params",
-                                 help="Texts that come with this program. Two domains or more can be compared."))
+    chosen = list(st.multiselect("Built in", built_in, [d for d in DEFAULT.domains if d in built_in], key="run-domains",
+                                 bind="query-params", help="Texts that come with this program. Two domains or more can be compared."))
     hub, own = st.columns(2)
-    chosen += hub.multiselect("From the hub", list(CATALOGUE), key="run-catalogue", bind="query-params", placeholder="Data sets to download",
+    chosen += hub.multiselect("From the hub", list(CATALOGUE), key="run-catalogue", bind="query-params",
+                              placeholder="Data sets to download",
                               help="Data sets of the Hugging Face hub; they are downloaded when the run starts.")
     files = choose_files(own)
     chosen += [f"{label}={source}" for label, source in files.items()]
@@ -290,7 +298,8 @@ def choose_files(place) -> dict[str, Path]:
     """Files of the user, brought now or before: {label: path of the text}."""
     with widgets.guarded():
         brought = place.file_uploader("Your own files", uploads.TYPES, accept_multiple_files=True, key="run-upload",
-                                      help="txt, md, csv, jsonl, json or parquet, up to 50 MB each; every fifth document is held out to be judged on.")
+                                      help="txt, md, csv, jsonl, json or parquet, up to 50 MB each; every fifth document is held out to "
+                                           "judge the result on.")
         for file in brought:
             path = str(uploads.save(file.name, file.getvalue(), state.RUNS).relative_to(uploads.folder(state.RUNS)))
             if path not in st.session_state.setdefault("run-seen", set()):   # chosen once; taken out of the choice it stays out
@@ -301,7 +310,8 @@ def choose_files(place) -> dict[str, Path]:
         return {}
     st.session_state["run-files"] = [name for name in st.session_state.get("run-files", []) if name in there]
     found: dict[str, Path] = {}
-    for name in st.multiselect("Your files", list(there), format_func=lambda n: Path(n).name, key="run-files", help="Files brought now or earlier."):
+    for name in st.multiselect("Your files", list(there), format_func=lambda n: Path(n).name, key="run-files",
+                               help="Files brought now or earlier."):
         with widgets.guarded():
             path, label = there[name].absolute(), Path(name).name.split(".")[0]
             columns = uploads.text_columns(path)
@@ -318,7 +328,8 @@ def preview(domains: list[str]) -> None:
     """The first texts of one of the domains; only the one that is asked for is read."""
     if not domains:
         return
-    label = st.selectbox("Look at the text of", [split_domain(d)[0] for d in domains], index=None, key="run-preview", placeholder="choose a domain",
+    label = st.selectbox("Look at the text of", [split_domain(d)[0] for d in domains], index=None, key="run-preview",
+                         placeholder="choose a domain",
                          help="The first of its calibration texts. A data set of the hub is downloaded for it.")
     if label is None:
         return
@@ -336,47 +347,49 @@ def preview(domains: list[str]) -> None:
 def choose_settings(model: dict) -> dict:
     """Fields of all other settings, as RunConfig takes them."""
     st.markdown("**Pruning**")
-    values = {"methods": tuple(st.multiselect("Methods", METHODS, list(DEFAULT.methods) + ["magnitude"], key="run-methods", bind="query-params",
-                                              help="dpruner is the method of the paper, domain and general its two sides; the others are baselines."))}
+    values = {"methods": tuple(st.multiselect("Methods", METHODS, [*DEFAULT.methods, "magnitude"], **field("methods") | {
+        "help": "dpruner is the method of the paper, domain and general are its two sides; the others are baselines."}))}
     a, b = st.columns(2)
-    values["sparsity"] = a.slider("Sparsity (% removed)", 0, 100, round(100 * DEFAULT.sparsity), key="run-sparsity", bind="query-params",
-                                  help=HELP["sparsity"]) / 100
-    values["sparsity_of"] = b.selectbox("Per cent of", ["prunable", "model"], key="run-sparsity_of", bind="query-params",
-                                        format_func={"prunable": "the prunable weights", "model": "the whole model"}.get, help=HELP["sparsity_of"])
+    values["sparsity"] = a.slider("Sparsity (% removed)", 0, 100, round(100 * DEFAULT.sparsity), **field("sparsity")) / 100
+    values["sparsity_of"] = b.selectbox("Per cent of", ["prunable", "model"], **field("sparsity_of"),
+                                        format_func={"prunable": "the prunable weights", "model": "the whole model"}.get)
     a, b, c = st.columns(3)
-    values["granularity"] = a.selectbox("Granularity", [*GRANULARITIES, "2:4", "4:8"], key="run-granularity", bind="query-params", help=HELP["granularity"])
-    values["formula"] = b.selectbox("Formula", list(FORMULAS), key="run-formula", bind="query-params", help=HELP["formula"])
-    values["lam"] = c.number_input("λ", 0.0, value=None, step=0.1, key="run-lam", bind="query-params", help=HELP["lam"],
-                                   placeholder=str(DEFAULT_LAM[values["formula"]]))
+    values["granularity"] = a.selectbox("Granularity", [*GRANULARITIES, "2:4", "4:8"], **field("granularity"))
+    values["formula"] = b.selectbox("Formula", list(FORMULAS), **field("formula"))
+    values["lam"] = c.number_input("λ", 0.0, value=None, step=0.1, placeholder=str(DEFAULT_LAM[values["formula"]]), **field("lam"))
     st.markdown("**Calibration**")
     a, b = st.columns(2)
-    values["nsamples"] = a.number_input("Sequences per domain", 1, value=DEFAULT.nsamples, step=8, key="run-nsamples", bind="query-params", help=HELP["nsamples"])
-    values["seqlen"] = b.number_input("Tokens per sequence", 2, value=DEFAULT.seqlen, step=64, key="run-seqlen", bind="query-params", help=HELP["seqlen"])
+    values["nsamples"] = a.number_input("Sequences per domain", 1, value=DEFAULT.nsamples, step=8, **field("nsamples"))
+    values["seqlen"] = b.number_input("Tokens per sequence", 2, value=DEFAULT.seqlen, step=64, **field("seqlen"))
     st.markdown("**Where**")
     a, b = st.columns(2)
-    values["device"] = a.selectbox("Device", [None, *devices()], key="run-device", help=HELP["device"],
-                                   format_func=lambda d: d or f"automatic ({pick_device()})")
-    values["dtype"] = b.selectbox("Precision", [None, *DTYPES], key="run-dtype", help=HELP["dtype"], format_func=lambda d: d or "automatic")
+    values["device"] = a.selectbox("Device", [None, *devices()], format_func=lambda d: d or f"automatic ({pick_device()})",
+                                   **field("device", None))
+    values["dtype"] = b.selectbox("Precision", [None, *DTYPES], format_func=lambda d: d or "automatic", **field("dtype", None))
     with st.expander("More settings"):
         values |= more_settings()
     return values
 
 
+def field(name: str, bind: str | None = "query-params") -> dict:
+    """What the widget of a setting has in common with all others: key, help text, a place in the URL (not for those that may be empty)."""
+    return {"key": f"run-{name}", "help": HELP[name], "bind": bind}
+
+
 def more_settings() -> dict:
     """Settings that are rarely changed."""
     a, b = st.columns(2)
-    values = {
-        "finetune": a.toggle("Fine-tune while scoring", DEFAULT.finetune, key="run-finetune", help=HELP["finetune"]),
-        "epochs": b.number_input("Epochs of it", 1, value=DEFAULT.epochs, key="run-epochs", help=HELP["epochs"]),
-        "halves": a.toggle("Ceiling of similarity", DEFAULT.halves, key="run-halves", help=HELP["halves"]),
-        "general_mode": b.selectbox("General importance", ["sequential", "static"], key="run-general_mode", help=HELP["general_mode"]),
-        "evaluate": a.toggle("Measure perplexity", DEFAULT.evaluate, key="run-evaluate", help=HELP["evaluate"]),
-        "eval_documents": b.number_input("Held-out documents", 1, value=10, key="run-eval_documents", help=HELP["eval_documents"]),
-        "compensate": a.selectbox("Move the kept weights", [None, "after", "walk"], key="run-compensate", help=HELP["compensate"],
-                                  format_func=lambda c: c or "no, keep them as they are"),
-        "seed": b.number_input("Seed", 0, value=DEFAULT.seed, key="run-seed", help=HELP["seed"]),
+    return {
+        "finetune": a.toggle("Fine-tune while scoring", DEFAULT.finetune, **field("finetune")),
+        "epochs": b.number_input("Epochs of it", 1, value=DEFAULT.epochs, **field("epochs")),
+        "halves": a.toggle("Ceiling of similarity", DEFAULT.halves, **field("halves")),
+        "general_mode": b.selectbox("General importance", ["sequential", "static"], **field("general_mode")),
+        "evaluate": a.toggle("Measure perplexity", DEFAULT.evaluate, **field("evaluate")),
+        "eval_documents": b.number_input("Held-out documents", 1, value=10, **field("eval_documents")),
+        "compensate": a.selectbox("Move the kept weights", [None, "after", "walk"], format_func=lambda c: c or "no, keep them as they are",
+                                  **field("compensate", None)),
+        "seed": b.number_input("Seed", 0, value=DEFAULT.seed, **field("seed")),
     }
-    return values
 
 
 def devices() -> list[str]:
@@ -411,28 +424,33 @@ def before_start(config: RunConfig) -> bool:
     memory, free = estimate.peak_memory(config, model, device), estimate.available_memory(device)
     needed, room = estimate.disk(config, model), shutil.disk_usage(state.RUNS if state.RUNS.exists() else Path.cwd()).free
     a, b = st.columns(2)
-    a.metric("Time, about", duration(seconds), help="Planned work at the speed just measured on this device, if it has nothing else to do; without downloads.")
-    b.metric("Memory, about", size(sum(memory.values())), help="At the worst moment:  \n" + "  \n".join(f"{what}: {size(part)}" for what, part in memory.items()))
+    a.metric("Time, about", duration(seconds),
+             help="The planned work at the speed just measured on this device, if it has nothing else to do; without downloads.")
+    b.metric("Memory, about", size(sum(memory.values())),
+             help="At the worst moment:  \n" + "  \n".join(f"{what}: {size(part)}" for what, part in memory.items()))
     st.caption(f"On {device} in {dtype}; {size(free)} of memory are free now. The run folder will take about {size(needed)} on disk.")
     if needed > room:
-        st.error(f"The disk has only {size(room)} left; delete runs that are no longer needed, or choose fewer domains or methods.", icon=":material/error:")
+        st.error(f"The disk has only {size(room)} left; delete runs that are no longer needed, or choose fewer domains or methods.",
+                 icon=":material/error:")
     if sum(memory.values()) > free:
         helpful = estimate.remedies(config, model, device, free)
         st.warning("This will probably **not fit into memory**. " + (
             "What would make it fit:\n" + "\n".join(f"- {r.words} (≈ {size(r.bytes)})" for r in helpful) if helpful else
             "No setting changes that: choose a smaller model, another device, or free some memory."), icon=":material/memory:")
-    st.caption("The result is zeros among the weights. By themselves they make the model **neither smaller nor faster**: they show which weights a domain "
-               "needs. The page Results tells sizes and measured speed.")
+    st.caption("The result is zeros among the weights. By themselves they make the model **neither smaller nor faster**: they show which "
+               "weights a domain needs. The page Results tells sizes and measured speed.")
     return needed <= room
 
 
 def show_model(config: RunConfig, model) -> None:
     """What a model is, as far as pruning goes."""
     prunable, total = count_weights(model)
-    st.markdown(f":material/check_circle: **{type(model).__name__}** can be pruned: {len(decoder_blocks(model)[1])} blocks, {prunable:,} of {total:,} "
-                f"weights ({prunable / total:.0%}).")
+    blocks = len(decoder_blocks(model)[1])
+    st.markdown(f":material/check_circle: **{type(model).__name__}** can be pruned: {blocks} blocks, {prunable:,} of {total:,} weights "
+                f"({prunable / total:.0%}).")
     if left := skipped_weights(model):
-        st.caption(f"Left alone: {sum(left.values()):,} weights in the blocks that are no plain linear layers, such as `{next(iter(left))}`.")
+        st.caption(f"Left alone: {sum(left.values()):,} weights in the blocks that are no plain linear layers, such as "
+                   f"`{next(iter(left))}`.")
     if download := estimate.to_download(config.model, config.revision, model):
         st.caption(f"Its weights are not on this machine yet: about {size(download)} to download first.")
 
@@ -460,6 +478,3 @@ elif not runs:
 new_run()
 if runs:
     every_run(runs)
-if finished:
-    with widgets.guarded():
-        state.selection()
