@@ -13,7 +13,8 @@ from dpruner.errors import InputError
 
 DENSE, PERPLEXITY, SPARSITY = "dense", "perplexity", "sparsity of prunable weights"
 SAME, HIGHER, LOWER = "inside the noise", "higher", "lower"
-ABOUT_TEXT = ("domains", "methods", "sparsity", "seed", "device", "halves", "evaluate", "eval_seqlen", "eval_documents")   # not what a series is about
+# settings that do not make two runs two series of a chart
+ABOUT_TEXT = ("domains", "methods", "sparsity", "seed", "device", "halves", "evaluate", "eval_seqlen", "eval_documents")
 PIECE = 1 << 16   # weights in a row that a sample is made of
 
 
@@ -32,7 +33,8 @@ def against_dense(metrics: pd.DataFrame, domain: str) -> pd.DataFrame:
         metrics: as of metrics.parquet.
 
     Returns:
-        Columns text, method, value, low, high, n, dense, dense_low, dense_high, ratio (to dense), verdict; empty where nothing was evaluated.
+        Columns text, method, value, low, high, n, dense, dense_low, dense_high, ratio (to dense), verdict; empty where nothing was
+        evaluated.
     """
     chosen = metrics[(metrics["metric"] == PERPLEXITY) & (metrics["domain"] == domain)]
     dense = chosen[chosen["method"] == DENSE].set_index("text")[["value", "low", "high"]]
@@ -171,7 +173,8 @@ def size_table(dense: int, removed: int, item: int, mask: int, shares: tuple[flo
     Returns:
         Columns name, kind, bytes.
     """
-    rows = [("dense", "as it is stored", dense), ("pruned", "as it is stored", dense), ("pruned", "kept weights + packed mask", dense - removed * item + mask)]
+    rows = [("dense", "as it is stored", dense), ("pruned", "as it is stored", dense),
+            ("pruned", "kept weights + packed mask", dense - removed * item + mask)]
     if shares:
         rows += [(name, "compressed (zlib)", round(dense * share)) for name, share in zip(("dense", "pruned"), shares, strict=True)]
     return pd.DataFrame([*rows, ("pruned", "packed mask alone", mask)], columns=["name", "kind", "bytes"])
@@ -181,7 +184,7 @@ def size_table(dense: int, removed: int, item: int, mask: int, shares: tuple[flo
 
 
 def speed_ratio(dense: Sequence[float], pruned: Sequence[float]) -> tuple[float, float, float]:
-    """How many times as fast, from measurements in turn: geometric mean of the rounds' ratios with its 95 % interval (Student's t on logarithms).
+    """How many times as fast, from measurements in turn: geometric mean of the rounds' ratios with its 95 % interval (Student's t on logs).
 
     Args:
         dense, pruned: tokens per second of each round, at least two.

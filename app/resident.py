@@ -47,6 +47,11 @@ def clear() -> None:
         torch.cuda.empty_cache()
 
 
+def waits(place) -> Callable[[], None]:
+    """What to call while another session has the model: a word on it in that place of the page."""
+    return lambda: place.info("Waiting for its turn: another session uses the model.", icon=":material/hourglass:")
+
+
 @contextlib.contextmanager
 def turn(waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Have the model for oneself.
@@ -111,7 +116,8 @@ def masks_at(run: Run, method: str, domain: str, sparsity: float) -> Mapping[str
         return LazyMasks(run.path("masks", method, domain))
     path = run.path("ranks", method, domain)
     if not path.is_file():
-        raise InputError(f"{method} can be shown at its own sparsity only", "its scores exist only while it prunes, so the run keeps no ranks",
+        raise InputError(f"{method} can be shown at its own sparsity only",
+                         "its scores exist only while it prunes, so the run keeps no ranks",
                          f"set the sparsity to {run.config['sparsity']:.0%}, or choose another method")
     with opened(path) as file:
         return {n: torch.from_numpy(at_least(file.get_tensor(n).numpy(), threshold(sparsity))) for n in file.keys()}

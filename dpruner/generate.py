@@ -34,8 +34,8 @@ def generate(model: nn.Module, tokenizer, prompt: str, *, max_new_tokens: int = 
              seed: int = 0, stop: bool = True) -> Iterator[Token]:
     """Continue a prompt, token by token, with the cache of keys and values.
 
-    Sampling adds Gumbel noise to the log-probabilities and takes the highest (the Gumbel-max trick), with noise from the seed alone: models that
-    agree draw the same token, so two texts of one seed part only where the models do.
+    Sampling adds Gumbel noise to the log-probabilities and takes the highest (the Gumbel-max trick), with noise from the seed alone: models
+    that agree draw the same token, so two texts of one seed part only where the models do.
 
     Args:
         model: as `load_model` gives it, pruned or not.
@@ -53,19 +53,20 @@ def generate(model: nn.Module, tokenizer, prompt: str, *, max_new_tokens: int = 
         InputError: at once, before the first token: a setting out of range, a prompt of no tokens, or of more than the model takes.
     """
     if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise InputError(f"{max_new_tokens!r} new tokens cannot be generated", "it is a count of 1 or more", "give a whole number such as 64")
+        raise InputError(f"{max_new_tokens!r} new tokens cannot be generated", "it is a count of 1 or more", "give a number such as 64")
     if not 0 <= temperature < float("inf"):
         raise InputError(f"The temperature {temperature} cannot be used", "it is 0 or more; 0 is greedy", "give a number such as 0.8")
     if not 0 < top_p <= 1:
-        raise InputError(f"top_p = {top_p} cannot be used", "it is a share of the probability, above 0 and up to 1", "give a number such as 0.9")
+        raise InputError(f"top_p = {top_p} cannot be used", "it is a share of probability, above 0 and up to 1", "give a number such as 0.9")
     if not 0 <= seed < 2**63:
         raise InputError(f"The seed {seed} cannot be used", "it is a whole number from 0", "give a number such as 0")
     ids = prompt_ids(model, tokenizer, prompt)
     room = (max_length(model) or len(ids) + max_new_tokens) - len(ids)
-    return _generate(model, tokenizer, ids, min(max_new_tokens, room), temperature, top_p, seed, end_tokens(model, tokenizer) if stop else frozenset())
+    ends = end_tokens(model, tokenizer) if stop else frozenset()
+    return _generate(model, tokenizer, ids, min(max_new_tokens, room), temperature, top_p, seed, ends)
 
 
-def _generate(model, tokenizer, ids: list[int], count: int, temperature: float, top_p: float, seed: int, ends: frozenset) -> Iterator[Token]:
+def _generate(model, tokenizer, ids: list[int], count: int, temperature: float, top_p: float, seed: int, ends: frozenset[int]):
     noise = torch.Generator().manual_seed(seed)
     reader = _Reader(tokenizer, ids)
     fed, past = torch.tensor([ids], device=model.device), None
@@ -73,7 +74,7 @@ def _generate(model, tokenizer, ids: list[int], count: int, temperature: float, 
         with torch.inference_mode():   # not around the whole: the caller's own code runs between two tokens
             out = model(input_ids=fed, past_key_values=past, use_cache=True)
             past = out.past_key_values
-            log_probs = out.logits[0, -1].cpu().double().log_softmax(0)   # drawn on the CPU: the same seed gives the same text on every device
+            log_probs = out.logits[0, -1].cpu().double().log_softmax(0)   # on the CPU: a seed draws the same on every device
             chosen = int(_drawn(log_probs, temperature, top_p, noise))
             fed = torch.tensor([[chosen]], device=model.device)
         end = chosen in ends
@@ -83,7 +84,7 @@ def _generate(model, tokenizer, ids: list[int], count: int, temperature: float, 
 
 
 def _drawn(log_probs: torch.Tensor, temperature: float, top_p: float, noise: torch.Generator) -> torch.Tensor:
-    """The next token, float64 (vocabulary,) log-probabilities in; noise is drawn for every token of the vocabulary, whatever the nucleus."""
+    """The next token by float64 (vocabulary,) log-probabilities; noise is drawn for all of the vocabulary, whatever the nucleus."""
     if temperature == 0:
         return log_probs.argmax()
     scaled = (log_probs / temperature).log_softmax(0)
@@ -129,7 +130,8 @@ def prompt_ids(model: nn.Module, tokenizer, prompt: str) -> list[int]:
         raise InputError("The prompt is empty", "this model has no token that opens a text", "write at least one word")
     limit = max_length(model)
     if limit and len(ids) >= limit:
-        raise InputError(f"The prompt of {len(ids)} tokens is too long", f"the model takes {limit} tokens, prompt and continuation together", "shorten it")
+        raise InputError(f"The prompt of {len(ids)} tokens is too long", f"the model takes {limit} tokens, prompt and continuation together",
+                         "shorten it")
     return list(ids)
 
 

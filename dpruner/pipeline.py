@@ -113,6 +113,7 @@ def execute(run: Run, config: RunConfig, prepared: Prepared, cache: Path, status
             save_ranks(run, "domain", label, S.domain)    # the two sides that the dual score weighs, for whoever wants to see them
             save_ranks(run, "general", label, S.general)
             metrics.append(lambda_changes(config, label, S, sparsity))
+        del S, scores
         if wants_halves(config):
             status.about = f"two halves of {label}"
             metrics.append(score_halves(run, config, prepared, label, G, sparsity, status))
@@ -291,15 +292,18 @@ def score_halves(run: Run, config: RunConfig, prepared: Prepared, label: str, G:
     batches, found = prepared.texts.domains[label], []
     # neighbours overlap where the text is short, so the halves are the first and the last windows, not every other one
     middle = len(batches) // 2
-    halves = [score_domain(config, prepared.model, half, G, status) for half in (batches[:middle], batches[middle:])]
-    for method in [m for m in HALVED if m in config.methods]:
-        masks = []
-        for number, S in enumerate(halves, 1):
+    methods = [m for m in HALVED if m in config.methods]
+    for number, half in enumerate((batches[:middle], batches[middle:]), 1):
+        S = score_domain(config, prepared.model, half, G, status)
+        for method in methods:
             scores = S.dual if method == "dpruner" else S.domain
             save_ranks(run, method, f"{label}~{number}", scores)
-            masks.append(make_masks(scores, None if ":" in config.granularity else sparsity, config.granularity))
-            store.write_masks(run.path("masks", method, f"{label}~{number}"), masks[-1])
-        found.append(exact(method, label, label, "jaccard ceiling", jaccard(*masks), sum(m.numel() for m in masks[0].values())))
+            store.write_masks(run.path("masks", method, f"{label}~{number}"),
+                              make_masks(scores, None if ":" in config.granularity else sparsity, config.granularity))
+        del S, scores   # two sets of scores at once would be the most a run ever holds
+    for method in methods:
+        masks = [store.LazyMasks(run.path("masks", method, f"{label}~{number}")) for number in (1, 2)]
+        found.append(exact(method, label, label, "jaccard ceiling", jaccard(*masks), count_weights(prepared.model)[0]))
     return rows(*found)
 
 

@@ -57,8 +57,8 @@ def test_sampling_repeats_with_its_seed_and_follows_the_probabilities(llama_mode
     model, tokenizer = llama_model
 
     def drawn(seed, count=6, **settings):
-        return [t.id for t in generate(model, tokenizer, PROMPT, max_new_tokens=count, temperature=settings.pop("temperature", 1.0), seed=seed,
-                                       stop=False, **settings)]
+        settings = {"temperature": 1.0, **settings}
+        return [t.id for t in generate(model, tokenizer, PROMPT, max_new_tokens=count, seed=seed, stop=False, **settings)]
 
     assert drawn(1) == drawn(1) and drawn(1) != drawn(2)
     greedy = [t.id for t in generate(model, tokenizer, PROMPT, max_new_tokens=6, stop=False)]
@@ -105,7 +105,8 @@ def test_it_never_goes_past_the_models_positions(llama_model):
 
 @pytest.mark.parametrize(("settings", "words"), [
     ({"max_new_tokens": 0}, "0 new tokens"), ({"max_new_tokens": 2.5}, "2.5 new tokens"), ({"temperature": -1}, "temperature -1"),
-    ({"temperature": float("nan")}, "temperature nan"), ({"top_p": 0}, "top_p = 0"), ({"top_p": 1.1}, "top_p = 1.1"), ({"seed": -1}, "seed -1")])
+    ({"temperature": float("nan")}, "temperature nan"), ({"top_p": 0}, "top_p = 0"), ({"top_p": 1.1}, "top_p = 1.1"),
+    ({"seed": -1}, "seed -1")])
 def test_settings_out_of_range_are_refused_before_the_first_token(llama_model, settings, words):
     with pytest.raises(InputError, match=words):
         generate(*llama_model, PROMPT, **settings)
@@ -124,7 +125,8 @@ def test_the_pieces_join_to_the_decoded_text(starter):
     model, tokenizer = starter
     prompt = "The price of coffee — 3 €"
     made = list(generate(model, tokenizer, prompt, max_new_tokens=60, temperature=1.5, seed=5))   # hot: bytes of rare characters come up
-    whole = tokenizer.decode([*tokenizer(prompt).input_ids, *(t.id for t in made)], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    ids = [*tokenizer(prompt).input_ids, *(t.id for t in made)]
+    whole = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert prompt + "".join(t.text for t in made) == whole
 
 

@@ -50,19 +50,20 @@ def asked() -> dict:
     known = [selected.domain, *dict.fromkeys(d for _, d in data.pairs(run)), *PROMPTS]
     starts = [f"{d}: {text}" for d in dict.fromkeys(known) for text in PROMPTS.get(d, ())]
     st.session_state.setdefault("generate-prompt", starts[0].split(": ", 1)[1])
-    st.selectbox("Start from", starts, index=None, placeholder="A prompt for one of the built-in domains", key="generate-start", on_change=take_prompt)
+    st.selectbox("Start from", starts, index=None, placeholder="A prompt for one of the built-in domains", key="generate-start",
+                 on_change=take_prompt)
     prompt = st.text_area("Prompt", key="generate-prompt", bind="query-params", height=90, max_chars=4000,
-                          help="The model continues it. Small models were not trained to follow instructions: give them the beginning of a text.")
+                          help="The model continues it. Few small models follow instructions: give them the beginning of a text.")
     mine = name_of(selected.method, selected.domain)
     others = [name_of(*pair) for pair in data.pairs(run) if name_of(*pair) != mine]
     first = [o for o in others if o.startswith(f"{selected.method}@")][:1]
     st.session_state["generate-beside"] = [o for o in st.session_state.get("generate-beside", first) if o in others]
     beside = st.multiselect(f"Beside dense and {mine}", others, key="generate-beside", bind="query-params",
-                            help="Method @ domain of the text it was pruned for. The variant of the sidebar is always shown; its sparsity holds for all.")
+                            help="Method @ domain it was pruned for. The one of the sidebar is always shown; its sparsity holds for all.")
     how, length, *more = st.columns([2, 2, 1, 1, 1])
     sampling = how.segmented_control(
         "Choice of tokens", ["Greedy", "Sampling"], default="Greedy", key="generate-how", bind="query-params", required=True,
-        help="Greedy takes the most probable token each time. Sampling draws; with one seed, models that agree draw the same.") == "Sampling"
+        help="Greedy takes the most probable token each time. Sampling draws; models that agree draw the same.") == "Sampling"
     count = length.slider("New tokens, at most", 8, 256, 48, 8, key="generate-tokens", bind="query-params")
     settings = {"max_new_tokens": count}
     if sampling:
@@ -72,7 +73,8 @@ def asked() -> dict:
             "top_p": more[1].number_input("Top-p", 0.05, 1.0, 0.95, 0.05, key="generate-top-p", bind="query-params",
                                           help="Draw only from the most probable tokens that together have this probability."),
             "seed": more[2].number_input("Seed", 0, 2**31, 0, key="generate-seed", bind="query-params", help="The same for all variants.")}
-    return {"run": str(run.folder), "prompt": prompt, "variants": [DENSE, mine, *beside], "sparsity": selected.sparsity, "settings": settings}
+    return {"run": str(run.folder), "prompt": prompt, "variants": [DENSE, mine, *beside], "sparsity": selected.sparsity,
+            "settings": settings}
 
 
 # ---- the work
@@ -132,7 +134,7 @@ def produce(wanted: dict) -> tuple[list[dict], list[str]]:
 @contextlib.contextmanager
 def using(wanted: dict, name: str, area):
     """The resident model as one variant, for this session alone; `area` says so while another session has it."""
-    with resident.taken(run, lambda: area.info("Waiting for its turn: another session uses the model.", icon=":material/hourglass:")) as found:
+    with resident.taken(run, resident.waits(area)) as found:
         area.caption("Reading the prompt …")
         with resident.variant(found, run, *split(name), wanted["sparsity"]):
             yield found
@@ -160,10 +162,14 @@ def coloured(text: dict, reader: str, texts: list[dict]) -> str:
     for at, (token, b) in enumerate(zip(text["tokens"], bits, strict=True)):
         differs = same is not None and not same.equal_b[at]
         shown = html.escape(token).replace("\n", "⏎\n") or "∅"
-        told = html.escape(f"token {at + 1}: “{token}”, {b:.2f} bits (p = {2 ** -b:.3g}) to {reader}" + (", not in the dense text" if differs else ""))
-        pieces.append(f'<span title="{told}" style="background:rgba(213,94,0,{0.72 * min(b, MOST_BITS) / MOST_BITS:.2f});{MARK if differs else ""}">'
-                      f"{shown}</span>")
+        told = f"token {at + 1}: “{token}”, {b:.2f} bits (p = {2 ** -b:.3g}) to {reader}" + (", not in the dense text" if differs else "")
+        pieces.append(f'<span title="{html.escape(told)}" style="{ground(b)};{MARK if differs else ""}">{shown}</span>')
     return f'<div style="white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.75;font-size:0.95rem">{"".join(pieces)}</div>'
+
+
+def ground(bits: float) -> str:
+    """The colour behind a token: one hue, so that it reads the same to all eyes, as strong as the surprisal."""
+    return f"background:rgba(213,94,0,{0.72 * min(bits, MOST_BITS) / MOST_BITS:.2f})"
 
 
 def alignment(text: dict, texts: list[dict]) -> generation.Alignment | None:
@@ -173,7 +179,7 @@ def alignment(text: dict, texts: list[dict]) -> generation.Alignment | None:
 
 
 def legend(reader: str) -> None:
-    steps = "".join(f'<span style="background:rgba(213,94,0,{0.72 * b / MOST_BITS:.2f});padding:2px 9px">{b:.0f}{"+" if b == MOST_BITS else ""}</span>'
+    steps = "".join(f'<span style="{ground(b)};padding:2px 9px">{b:.0f}{"+" if b == MOST_BITS else ""}</span>'
                     for b in (0, 1, 2, 3, 4, 6, MOST_BITS))
     st.html(f'<div style="font-size:0.85rem">Surprisal of each token to {html.escape(reader)}, in bits: {steps} &emsp; '
             f'<span style="{MARK}">underlined</span>: not in the dense text &emsp; ⏎ new line &ensp; {END} end of the text</div>')
@@ -186,10 +192,10 @@ def show(texts: list[dict]) -> None:
     told_identical(texts)
     reader = "its own model"
     if len(texts) > 1 and all(DENSE in t["log_probs"] for t in texts):
-        reader = st.segmented_control("Colour: surprisal to", ["its own model", "the dense model"], default="its own model", key="generate-colour",
-                                      bind="query-params", required=True,
-                                      help="To its own model: how sure it was of what it wrote. To the dense model: what pruning made it say that "
-                                           "the dense model would hardly have said.")
+        reader = st.segmented_control("Colour: surprisal to", ["its own model", "the dense model"], default="its own model",
+                                      key="generate-colour", bind="query-params", required=True,
+                                      help="To its own model: how sure it was of what it wrote. To the dense model: what pruning made "
+                                           "it say that the dense model would hardly have said.")
     for text, place in zip(texts, columns(len(texts)), strict=True):
         with place:
             head(text["name"])
@@ -215,7 +221,8 @@ def told_identical(texts: list[dict]) -> None:
     """In words, where texts are the same token by token."""
     same = [t["name"] for t in texts if (found := alignment(t, texts)) is not None and found.identical]
     if same:
-        st.success(f"**Identical:** {listed(same)} {'writes' if len(same) == 1 else 'write'} the very same tokens as dense.", icon=":material/equal:")
+        verb = "writes" if len(same) == 1 else "write"
+        st.success(f"**Identical:** {listed(same)} {verb} the very same tokens as dense.", icon=":material/equal:")
 
 
 def words(text: dict, texts: list[dict]) -> str:
@@ -228,22 +235,24 @@ def words(text: dict, texts: list[dict]) -> str:
         return told
     if same.identical:
         return f"{told} **Identical to dense.**"
-    return f"{told} Parts from dense at token **{same.parts_at + 1}**; {int((~same.equal_b).sum())} of its tokens are not in the dense text."
+    differ = int((~same.equal_b).sum())
+    return f"{told} Parts from dense at token **{same.parts_at + 1}**; {differ} of its tokens are not in the dense text."
 
 
 def readings(texts: list[dict]) -> None:
     """Perplexity of every text under every model."""
     st.markdown("##### Perplexity of every text under every model")
     names = [t["name"] for t in texts]
-    table = pd.DataFrame([{"text written by": t["name"], **{f"read by {n}": generation.perplexity(t["log_probs"].get(n, [])) for n in names}}
-                          for t in texts])
+    table = pd.DataFrame([{"text written by": t["name"], **{f"read by {n}": generation.perplexity(t["log_probs"].get(n, []))
+                                                            for n in names}} for t in texts])
     st.dataframe(table, hide_index=True, column_config={c: st.column_config.NumberColumn(format="%.2f") for c in table.columns[1:]})
-    st.caption("**How to read this:** a row is one text, read by each model; 1 would be a text the model was sure of. Every model finds its own greedy "
-               "text easy, so look along a row: a pruned model that reads the dense text with a much higher perplexity has lost what makes it "
-               "expect such text. One text is one sample: **Results** has held-out text with intervals.")
+    st.caption("**How to read this:** a row is one text, read by each model; 1 would be a text the model was sure of. Every model finds its own "
+               "greedy text easy, so look along a row: a pruned model that reads the dense text with a much higher perplexity has lost what "
+               "makes it expect such text. One text is one sample: **Results** has held-out text with intervals.")
     tokens = pd.concat([generation.token_table(t["tokens"], t["log_probs"][n]).assign(text=t["name"], reader=n)
                         for t in texts for n in names if n in t["log_probs"]], ignore_index=True).drop(columns="differs")
-    st.download_button("All tokens (CSV)", tokens.to_csv(index=False).encode(), "tokens.csv", "text/csv", key="generate-csv", on_click="ignore")
+    st.download_button("All tokens (CSV)", tokens.to_csv(index=False).encode(), "tokens.csv", "text/csv", key="generate-csv",
+                       on_click="ignore")
 
 
 def columns(count: int) -> list:
@@ -273,8 +282,8 @@ if result is None:
     st.info("Press **Generate**: the texts appear here, column by column, each token coloured by how little its model expected it.")
 else:
     if {key: result[key] for key in wanted} != wanted:
-        st.info(f"These texts are from earlier settings: {listed(result['variants'])} at {result['sparsity']:.0%}, “{result['prompt'][:60]}”. "
-                "Press **Generate** for the present ones.", icon=":material/history:")
+        st.info(f"These texts are from earlier settings: {listed(result['variants'])} at {result['sparsity']:.0%}, "
+                f"“{result['prompt'][:60]}”. Press **Generate** for the present ones.", icon=":material/history:")
     for problem in result["problems"]:
         st.error(problem, icon=":material/error:")
     if result["texts"]:

@@ -14,7 +14,7 @@ from dpruner import export, generate
 from dpruner.errors import InputError
 from dpruner.model import stored_precision
 
-ROUNDS, TOKENS = 5, 24   # of the measurement of speed
+ROUNDS, TOKENS, WARM = 6, 24, 8   # of the measurement of speed; tokens before each that do not count
 PROMPT = "The history of the Roman Empire"
 VERDICTS = {results.SAME: "**inside the noise**: the 95 % intervals overlap, so this held-out text cannot tell them apart",
             results.HIGHER: "**worse**, beyond the 95 % intervals", results.LOWER: "**better**, beyond the 95 % intervals"}
@@ -26,12 +26,22 @@ if selected is None:
 run, method, domain = selected.run, selected.method, selected.domain
 mine = f"{method}@{domain}"
 if not data.own_masks(run, selected.sparsity):
-    st.caption(f"What was measured belongs to the run's own masks, at {run.config['sparsity']:.0%} sparsity; the slider in the sidebar changes nothing here.")
+    st.caption(f"What was measured belongs to the run's own masks, at {run.config['sparsity']:.0%} sparsity; "
+               "the slider in the sidebar changes nothing here.")
 
 
 def kinds(table: pd.DataFrame) -> dict[str, str]:
     """{text: what it is to the domain, in words}."""
     return {text: f"{text} (its domain)" if text == domain else f"{text} (open domain)" for text in dict.fromkeys(table.text)}
+
+
+def entitled(made, title: str):
+    """A chart under another title."""
+    return made and dataclasses.replace(made, title=title)
+
+
+def take_csv(label: str, text: str, name: str, key: str) -> None:
+    st.download_button(label, text.encode(), name, "text/csv", key=key, on_click="ignore")
 
 
 # ---- quality
@@ -46,14 +56,14 @@ def quality() -> None:
     metrics, words = data.metrics(run), kinds(table)
     rows = metrics[(metrics.metric == results.PERPLEXITY) & (metrics.domain == domain)]
     made = comparisons.quality(rows.assign(text=rows.text.map(words)))
-    widgets.chart(made and dataclasses.replace(made, title=f"Perplexity of every method, pruned for {domain}"), "results-quality")
+    widgets.chart(entitled(made, f"Perplexity of every method, pruned for {domain}"), "results-quality")
     others = results.against_others(table, method)
     for r in table[table.method == method].itertuples():
         st.markdown(f"- **{mine}** on {words[r.text]}: {number(r.value)} ({number(r.low)} to {number(r.high)}), dense {number(r.dense)} "
                     f"({number(r.dense_low)} to {number(r.dense_high)}), {r.ratio:.3f} times as high: {VERDICTS[r.verdict]}."
                     + beside(others[r.text]))
-    st.caption("Perplexity on held-out text, which neither pruning nor training has seen: lower is better. Intervals say how far other texts of the same kind "
-               "might have moved each figure. All figures are measured on the same windows, so overlapping intervals are a cautious rule: more "
+    st.caption("Perplexity on held-out text, which pruning has not seen: lower is better. Intervals say how far other texts of the same kind might "
+               "have moved each figure. All figures are measured on the same windows, so overlapping intervals are a cautious rule: more "
                "held-out documents (*eval documents*) make them narrower.")
 
 
@@ -73,16 +83,18 @@ def over_sparsity() -> None:
     if not texts:
         st.caption("Nothing was evaluated.")
         return
-    text = st.segmented_control("Held-out text", texts, default=texts[0], key="results-text", bind="query-params", required=True) if len(texts) > 1 else texts[0]
+    text = texts[0] if len(texts) == 1 else st.segmented_control("Held-out text", texts, default=texts[0], key="results-text",
+                                                                 bind="query-params", required=True)
     others = data.same_model(run, state.finished_runs())
     table, left_out = results.over_sparsity({r.id: (r.config, data.metrics(r)) for r in [run, *others]}, domain, text)
     if left_out:
         st.caption(f"Left out, because they were judged on other held-out windows: {listed(left_out, 4)}.")
     if table[table.method != results.DENSE].sparsity.nunique() < 2:
-        st.info(f"All finished runs of this model for {domain} have one sparsity. Start a run at another one on the page **Run**: they meet here.")
+        st.info(f"All finished runs of this model for {domain} have one sparsity. Start a run at another one on the page **Run**: "
+                "they meet here.")
         return
     made = comparisons.quality(table.assign(method=table.series), x="sparsity", series="method")
-    widgets.chart(made and dataclasses.replace(made, title=f"Perplexity on {text} text against sparsity, pruned for {domain}"), "results-sparsity")
+    widgets.chart(entitled(made, f"Perplexity on {text} text against sparsity, pruned for {domain}"), "results-sparsity")
 
 
 # ---- runs beside each other
@@ -110,8 +122,7 @@ def compare() -> None:
     figures = results.side_by_side({name: data.metrics(runs[name]) for name in chosen})
     st.markdown("**Perplexity** (95 % interval)")
     st.dataframe(figures, hide_index=True)
-    st.download_button("Both tables (CSV)", (table.to_csv(index=False) + "\n" + figures.to_csv(index=False)).encode(), "runs.csv", "text/csv",
-                       key="results-compare-csv", on_click="ignore")
+    take_csv("Both tables (CSV)", table.to_csv(index=False) + "\n" + figures.to_csv(index=False), "runs.csv", "results-compare-csv")
 
 
 # ---- size and speed
@@ -120,8 +131,8 @@ def compare() -> None:
 def size_and_speed() -> None:
     """Parameters, bytes and speed: three different things."""
     st.subheader("Size and speed")
-    st.caption("Three different things. Zeros that lie anywhere in a matrix (unstructured) make neither the file nor the memory smaller and nothing "
-               "faster by themselves: they are multiplied like any other number. Packing, compression or special kernels are what use them.")
+    st.caption("Three different things. Zeros that lie anywhere in a matrix (unstructured) make neither the file nor the memory smaller and "
+               "nothing faster by themselves: they are multiplied like any other number. Packing, compression or special kernels use them.")
     record = run.record
     total, prunable = record["model"]["weights"], record["model"]["prunable_weights"]
     shares = data.metrics(run)
@@ -129,15 +140,16 @@ def size_and_speed() -> None:
     removed = round(share * prunable)
     places = st.columns(4)
     places[0].metric("Parameters", f"{total:,}")
-    places[1].metric("Prunable", f"{prunable:,}", f"{prunable / total:.1%} of all", delta_color="off", delta_arrow="off")
-    places[2].metric("Removed (zero)", f"{removed:,}", f"{share:.1%} of prunable, {removed / total:.1%} of all", delta_color="off", delta_arrow="off")
+    quiet = {"delta_color": "off", "delta_arrow": "off"}
+    places[1].metric("Prunable", f"{prunable:,}", f"{prunable / total:.1%} of all", **quiet)
+    places[2].metric("Removed (zero)", f"{removed:,}", f"{share:.1%} of prunable, {removed / total:.1%} of all", **quiet)
     held = record["device"]["precision"]
     in_memory = total * getattr(torch, held).itemsize
-    places[3].metric("In memory", bytes_of(in_memory), f"{held}, dense or pruned", delta_color="off", delta_arrow="off",
+    places[3].metric("In memory", bytes_of(in_memory), f"{held}, dense or pruned", **quiet,
                      help="Weights times bytes of each, in the precision that the run used.")
     measured = st.session_state.get("results-measured", {}).get(about())
     if st.button("Measure compression and speed on this machine", key="results-measure", icon=":material/speed:",
-                 help=f"zlib of the dense and of the zeroed weights, then {ROUNDS} rounds of {TOKENS} tokens each, dense and pruned in turn."):
+                 help=f"zlib of the dense and of the zeroed weights, then {ROUNDS} rounds of {TOKENS} tokens, dense and pruned in turn."):
         place = st.empty()
         with widgets.guarded():
             measured = measure(place)
@@ -159,16 +171,19 @@ def measure(place) -> dict:
     found = {"shares": [], "dense": [], "pruned": []}
     own = run.config["sparsity"]
     precision = stored_precision(run.config["model"], run.record["model"]["commit"] or run.config["revision"])
-    with resident.taken(run, lambda: place.info("Waiting for its turn: another session uses the model.", icon=":material/hourglass:")) as model:
-        for at in range(ROUNDS + 1):   # the first round warms up, and is not counted
-            place.progress(at / (ROUNDS + 1), "Measuring compression …" if at == 0 else f"Measuring speed, round {at} of {ROUNDS} …")
-            for name, variant in (("dense", resident.DENSE), ("pruned", method)):
+    with resident.taken(run, resident.waits(place)) as model:
+        variants = [("dense", resident.DENSE), ("pruned", method)]
+        place.progress(0.0, "Measuring compression …")
+        for _, variant in variants:
+            with resident.variant(model, run, variant, domain, own):
+                share, found["sampled"] = results.compressed_share(model.model.parameters(), precision)
+                found["shares"].append(share)
+        for at in range(ROUNDS):
+            place.progress((at + 1) / (ROUNDS + 1), f"Measuring speed, round {at + 1} of {ROUNDS} …")
+            for name, variant in variants[::1 if at % 2 else -1]:   # the order changes, lest one always comes first
                 with resident.variant(model, run, variant, domain, own):
-                    if at == 0:
-                        share, found["sampled"] = results.compressed_share(model.model.parameters(), precision)
-                        found["shares"].append(share)
-                    speed = generate.tokens_per_second(model.model, model.tokenizer, PROMPT, TOKENS)
-                    found[name] += [speed] * (at > 0)
+                    generate.tokens_per_second(model.model, model.tokenizer, PROMPT, WARM)
+                    found[name].append(generate.tokens_per_second(model.model, model.tokenizer, PROMPT, TOKENS))
     return found
 
 
@@ -183,9 +198,9 @@ def sizes(removed: int, measured: dict | None) -> None:
         raise InputError(f"The file {mask} was not found", "it was deleted since the run", "run it again")
     table = results.size_table(dense, removed, precision.itemsize, mask.stat().st_size, measured and tuple(measured["shares"]))
     made = comparisons.bytes_bars(table)
-    widgets.chart(made and dataclasses.replace(made, title=f"Bytes on disk, {mine} ({str(precision).removeprefix('torch.')})"), "results-bytes")
-    st.caption("“As it is stored” and the mask are the files themselves; “kept weights + packed mask” is counted: what a format needs that leaves the "
-               "zeros out and one bit for every prunable weight. "
+    widgets.chart(entitled(made, f"Bytes on disk, {mine} ({str(precision).removeprefix('torch.')})"), "results-bytes")
+    st.caption("“As it is stored” and the mask are the files themselves; “kept weights + packed mask” is counted: what a format needs that leaves "
+               "out the zeros and spends one bit on every prunable weight. "
                + (f"Compression was measured with zlib on {measured['sampled']:.0%} of the weights." if measured else
                   "Compression is measured with the button above."))
 
@@ -194,16 +209,18 @@ def speed(measured: dict) -> None:
     """Tokens per second, and whether the difference is more than noise."""
     ratio, low, high = results.speed_ratio(measured["dense"], measured["pruned"])
     table = pd.DataFrame({"round": range(1, ROUNDS + 1), "dense": measured["dense"], mine: measured["pruned"]})
+    st.markdown("##### Speed")
     left, right, words = st.columns([1, 1, 3])
-    left.metric("Dense", f"{table.dense.median():.1f} tokens/s")
-    right.metric("Pruned", f"{table[mine].median():.1f} tokens/s")
+    left.metric("Dense", f"{table.dense.median():.1f}", "tokens per second", delta_color="off", delta_arrow="off")
+    right.metric("Pruned", f"{table[mine].median():.1f}", "tokens per second", delta_color="off", delta_arrow="off")
     same = low <= 1 <= high
-    words.markdown(f"**{mine}** writes **{ratio:.2f} times** as fast as dense on this machine (95 %: {low:.2f} to {high:.2f}, {ROUNDS} rounds of "
-                   f"{TOKENS} tokens, in turn). " + ("**No difference beyond the noise**, as is to be expected: unstructured zeros buy no speed." if same else
-                   "The interval leaves out 1, but the same multiplications are done in both: look for something else on this machine before "
-                   "you credit the zeros."))
-    with st.popover("Take it away"):
-        st.download_button("Speeds (CSV)", table.to_csv(index=False).encode(), "speed.csv", "text/csv", key="results-speed-csv", on_click="ignore")
+    words.markdown(f"**{mine}** writes **{ratio:.2f} times** as fast as dense on this machine (95\u00a0%: {low:.2f} to {high:.2f}, "
+                   f"{ROUNDS} rounds of {TOKENS} tokens, in turn). "
+                   + ("**No difference beyond the noise**, as is to be expected: unstructured zeros buy no speed." if same else
+                      "The interval leaves out 1, but both do the same multiplications: look for what else keeps this machine busy, and "
+                      "measure again, before you credit the zeros."))
+    with st.popover("Take it away", key="results-speed"):
+        take_csv("Speeds (CSV)", table.to_csv(index=False), "speed.csv", "results-speed-csv")
 
 
 def bytes_of(count: int) -> str:
@@ -217,17 +234,17 @@ def checkpoint() -> None:
     """The selected mask as a folder that every loader takes."""
     st.subheader("Export the checkpoint")
     exports = state.RUNS.absolute().parent / "exports"
-    st.markdown(f"The model with the mask of **{mine}** as a folder for `AutoModelForCausalLM.from_pretrained`: dense safetensors with zeros, tokenizer, "
-                "the mask, and a model card with what was measured.")
+    st.markdown(f"The model with the mask of **{mine}** as a folder for `AutoModelForCausalLM.from_pretrained`: dense safetensors with zeros, "
+                "tokenizer, the mask, and a model card with what was measured.")
     default = f"{run.id}-{method}-{domain}"
     name = st.text_input("Folder name", default, key=f"results-folder-{default}", max_chars=120, help=f"It is made in {exports}.")
     if st.button("Export", key="results-export", icon=":material/save:"):
         with widgets.guarded(), st.spinner("Writing, and counting the zeros in what was written …"):
             if not re.fullmatch(r"[A-Za-z0-9_@~+-][A-Za-z0-9_.@~+-]*", name):
-                raise InputError(f"The folder name {name!r} cannot be used", "it may hold letters, digits and . _ @ ~ + - and does not begin with a dot",
-                                 "choose another name")
+                raise InputError(f"The folder name {name!r} cannot be used",
+                                 "it may hold letters, digits and . _ @ ~ + - and does not begin with a dot", "choose another name")
             place = st.empty()
-            with resident.turn(lambda: place.info("Waiting for its turn: another session uses the model.", icon=":material/hourglass:")):
+            with resident.turn(resident.waits(place)):
                 place.empty()
                 resident.clear()   # the export loads a copy of its own
                 folder = export(run, method, domain, exports / name)
@@ -243,7 +260,8 @@ def summary(folder) -> None:
     text = card.read_text(encoding="utf-8").split("---\n", 2)[-1] if card.is_file() else ""
     verified = next((line for line in text.splitlines() if "prunable weights are zero" in line), "")
     files = sorted(p for p in folder.iterdir() if p.is_file())
-    st.success(f"**{folder}** · {bytes_of(sum(p.stat().st_size for p in files))} in {len(files)} files. {verified}", icon=":material/verified:")
+    size = bytes_of(sum(p.stat().st_size for p in files))
+    st.success(f"**{folder}** · {size} in {len(files)} files. {verified}", icon=":material/verified:")
     st.code(f'from transformers import AutoModelForCausalLM, AutoTokenizer\nmodel = AutoModelForCausalLM.from_pretrained("{folder}")\n'
             f'tokenizer = AutoTokenizer.from_pretrained("{folder}")', language="python")
     with st.expander("Model card and files"):
@@ -259,9 +277,9 @@ def table() -> None:
     st.subheader("All figures of this run")
     metrics = data.metrics(run)
     st.dataframe(metrics, hide_index=True, height=320)
-    st.download_button("metrics.csv", metrics.to_csv(index=False).encode(), f"{run.id}-metrics.csv", "text/csv", key="results-metrics-csv", on_click="ignore")
-    st.caption("One row for each figure: for which mask (method, domain), on which text, its value with a 95 % interval where it is estimated, and n, "
-               "how many windows of text or weights it rests on.")
+    take_csv("metrics.csv", metrics.to_csv(index=False), f"{run.id}-metrics.csv", "results-metrics-csv")
+    st.caption("One row for each figure: for which mask (method, domain), on which text, its value with a 95 % interval where it is estimated, "
+               "and n, how many windows of text or weights it rests on.")
 
 
 for part in (quality, over_sparsity, compare, size_and_speed, checkpoint, table):
