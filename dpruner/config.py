@@ -74,6 +74,9 @@ class RunConfig:
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} = {getattr(self, name)!r} is not known", "it has a few fixed values",
                                  f"choose one of {', '.join(str(a) for a in allowed)}")
+        if self.revision and self.model == STARTER:
+            raise InputError(f"The revision {self.revision!r} cannot be used", "the starter comes with this version of the program and has no other",
+                             "leave it out, or name a model on the hub")
         for method in self.methods:
             if method not in METHODS:
                 raise InputError(f"The method {method!r} is not known", f"the methods are {', '.join(METHODS)}", "choose one of these")

@@ -353,6 +353,10 @@ def test_help_is_there_and_exits_with_0(command, capfd):
             assert f"--{ {'domains': 'domain', 'methods': 'method'}.get(name, name.replace('_', '-')) }" in out
 
 
+def test_a_revision_of_the_starter_is_refused(elsewhere, capfd):
+    assert "revision" in refusal(["prune", "--revision", "abc"], capfd, elsewhere)
+
+
 def test_one_damaged_run_does_not_hide_the_others(small, elsewhere, capfd):
     for name in ("good", "bad"):
         shutil.copytree(small.run.folder, elsewhere / "runs" / name)
