@@ -6,7 +6,6 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -273,8 +272,7 @@ def save_ranks(run: Run, method: str, label: str, scores: Scores) -> None:
     """The rank of every weight in its matrix, and the scores at the edges of the 256 bins."""
     if run.path("ranks", method, label).is_file():
         return
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:   # sorting one matrix keeps one processor busy
-        found = dict(zip(scores, pool.map(lambda n: ranked(scores[n], n in scores.transposed), scores), strict=True))
+    found = {n: ranked(s, n in scores.transposed) for n, s in scores.items()}
     store.write_tensors(run.path("ranks", method, label), {n: bins for n, (bins, _) in found.items()})
     store.write_tensors(run.path("edges", method, label), {n: edges for n, (_, edges) in found.items()})
 
