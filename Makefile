@@ -14,7 +14,7 @@ setup: .venv/ready
 	touch $@
 
 app: setup
-	$(BIN)/python -m streamlit run app/main.py
+	$(BIN)/python -m app
 
 demo: setup
 	$(BIN)/python -m dpruner prune --model starter --domain healthcare --domain legal --method dpruner --method magnitude --method random

@@ -12,7 +12,7 @@ import numpy as np
 from dpruner import starter
 from dpruner.config import split_domain
 from dpruner.errors import InputError
-from dpruner.model import STARTER
+from dpruner.loading import STARTER
 from dpruner.store import opened
 
 

@@ -8,11 +8,10 @@ import streamlit as st
 
 from analysis import matrices, overlap, similarity, weighing, weights
 from analysis.sparsity import at_least, heads_from_stats, part_counts, rank_spread, stats_spread, threshold, transposed_from_stats
-from dpruner import estimate, report
+from dpruner import estimate, loading, report, store
 from dpruner.calibration import load_texts
 from dpruner.errors import InputError
-from dpruner.model import DTYPES
-from dpruner import store
+from dpruner.loading import DTYPES
 from dpruner.store import Run
 
 LARGE = 500_000_000   # weights beyond which reading every rank takes more than a moment
@@ -158,7 +157,7 @@ def same_model(run: Run, runs: list[Run]) -> list[Run]:
 @st.cache_resource(max_entries=8, ttl=60, show_spinner="Looking the model up …")
 def _blank_model(name: str, revision: str | None, when: float):
     try:
-        return estimate.blank_model(name, revision)
+        return loading.blank_model(name, revision)
     except InputError as error:   # remembered too: an unreachable hub is not asked again with every click
         return error
 

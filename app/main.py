@@ -1,4 +1,6 @@
-"""Navigation only: `python -m streamlit run app/main.py`."""
+"""Navigation only: `python -m app` serves it."""
+
+import gc
 
 import streamlit as st
 
@@ -18,6 +20,16 @@ PAGES = {
     "Understand": [st.Page("views/learn.py", title="Learn", icon=":material/school:")],
 }
 
+
+
+@st.cache_resource
+def put_aside() -> None:
+    """Streamlit collects garbage after every script run: a fifth of a second, while the libraries' million objects are looked at each time."""
+    gc.collect()
+    gc.freeze()
+
+
+put_aside()
 page = st.navigation(PAGES)
 with widgets.guarded():
     demo.ensure()

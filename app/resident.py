@@ -14,7 +14,8 @@ from app import data
 from dpruner.config import RunConfig
 from dpruner.errors import InputError
 from dpruner.masks import pruned
-from dpruner.model import fingerprint, load_model, pick_device, quiet_libraries
+from dpruner.loading import load_model, pick_device, quiet_libraries
+from dpruner.model import fingerprint
 from dpruner.store import LazyMasks, Run, opened
 
 DENSE = "dense"

@@ -78,7 +78,7 @@ def _chosen(runs: dict[str, Run]) -> Selection | None:
     method = _choice("Method", list(dict.fromkeys(m for m, _ in pairs)), "method")
     domain = _choice("Domain", [d for m, d in pairs if m == method], "domain")
     places = data.places(run)
-    block = _choice("Block", sorted(places.block.unique().tolist()), "block")
+    block = _choice("Layer", sorted(places.block.unique().tolist()), "block")
     module = _choice("Module", places[places.block == block].module.tolist(), "module")
     default = round(100 * run.config["sparsity"])
     sparsity = st.slider("Sparsity (% removed)", 0, 100, _known("sparsity", range(101), default), key="sparsity", bind="query-params",

@@ -8,7 +8,7 @@ from dpruner.evaluate import perplexity
 from dpruner.export import export
 from dpruner.general import general_importance
 from dpruner.masks import make_masks, pruned
-from dpruner.model import load_model
+from dpruner.loading import load_model
 from dpruner.pipeline import run
 from dpruner.store import Run, open_run
 

@@ -93,7 +93,7 @@ def command_prune(args: argparse.Namespace) -> None:
     config = settings(args, earlier)
     config.check()
     from dpruner import pipeline, report
-    from dpruner.model import quiet_libraries
+    from dpruner.loading import quiet_libraries
     with quiet_libraries(), _watching() as watch:
         run = pipeline.run(config, runs=args.runs, cache=args.cache, watch=watch)
     _warn_if_changed(args.config, earlier, run)
@@ -214,7 +214,7 @@ def command_export(args: argparse.Namespace) -> None:
     """`export`: a checkpoint from a run."""
     from dpruner import store
     from dpruner.export import export
-    from dpruner.model import quiet_libraries
+    from dpruner.loading import quiet_libraries
     with quiet_libraries():
         folder = export(store.open_run(args.run, args.runs), args.method, args.domain, args.to)
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())

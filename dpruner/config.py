@@ -12,7 +12,7 @@ from dpruner.errors import InputError
 from dpruner.formulas import FORMULAS
 from dpruner.general import SPARSITY
 from dpruner.masks import parse_granularity, require_sparsity
-from dpruner.model import DTYPES, STARTER
+from dpruner.loading import DTYPES, STARTER
 
 METHODS = ("dpruner", "domain", "general", "magnitude", "wanda", "sparsegpt", "random")
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import psutil
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
-from dpruner import hub, pipeline
+from dpruner import pipeline
 from dpruner.calibration import CATALOGUE, load_texts
 from dpruner.config import RunConfig, split_domain
-from dpruner.model import (DTYPES, _guarded, _is_folder, _load_config, _require_files, _source, count_weights, decoder_blocks, hidden_size,
-                           linears_of, max_length, prunable_linears, require_length)
+from dpruner.loading import DTYPES, is_here
+from dpruner.masks import ranked
+from dpruner.model import count_weights, decoder_blocks, hidden_size, linears_of, max_length, prunable_linears, require_length
 from dpruner.walk import TOKENS_PER_PASS
 
 PROGRAM = {"cpu": 600e6, "cuda": 700e6}   # bytes of Python, torch and the text before there is a model; on an accelerator of its context
@@ -26,25 +26,6 @@ LOADING = 0.4e9         # bytes a second: read, checked for NaN and fingerprinte
 EFFICIENCY = 0.38       # share of a bare matrix product's speed that passes through a model reach
 HUB_CHARACTERS = 2000   # of a document nobody has downloaded yet
 SCORES = {"balanced": 8, "taylor": 12, "release": 8}   # bytes of scores per prunable weight at the end of a domain pass, G apart
-
-
-def blank_model(name: str, revision: str | None = None) -> nn.Module:
-    """A model as its config describes it, on the meta device: every name and shape, no weights.
-
-    Args:
-        name, revision: as `load_model` takes them.
-
-    Raises:
-        InputError: as `load_model`, of all that can be known without the weights.
-    """
-    source = _source(name)
-    _require_files(name, source)
-    with contextlib.nullcontext() if _is_folder(source) else hub.impatient():
-        config = _load_config(name, source, {"revision": revision, "trust_remote_code": False})
-    with torch.device("meta"):
-        model = _guarded(name, lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=False))
-    prunable_linears(model)
-    return model
 
 
 def precision(config: RunConfig, model: nn.Module, device: str) -> torch.dtype:
@@ -68,7 +49,7 @@ def peak_memory(config: RunConfig, model: nn.Module, device: str) -> dict[str, i
     """Bytes in use on the device at the worst moment of a run, by what they are for; counted, not measured.
 
     Args:
-        model: of `blank_model`, or a loaded one.
+        model: of `loading.blank_model`, or a loaded one.
         device: such as "cpu" or "cuda:0".
     """
     linears = prunable_linears(model)
@@ -144,7 +125,7 @@ def measure_speed(model: nn.Module, device: str, dtype: torch.dtype, least: floa
     threads = torch.get_num_threads() if torch.device(device).type == "cpu" else 1
     with _one_thread():
         return Speed(threads * 2 * tokens.shape[0] * W.numel() / _seconds_each(lambda: tokens @ W, least, device),
-                     threads * numbers.numel() / _seconds_each(lambda: numbers.sort(stable=True), least, device))
+                     threads * numbers.numel() / _seconds_each(lambda: ranked(numbers), least, device))
 
 
 @contextlib.contextmanager
@@ -248,9 +229,6 @@ def remedies(config: RunConfig, model: nn.Module, device: str, available: int) -
 
 def to_download(name: str, revision: str | None, model: nn.Module) -> int:
     """Bytes of weights that are not on this machine yet, from their count and the precision that the config tells; 0 where they are."""
-    from huggingface_hub import try_to_load_from_cache
-    source = _source(name)
-    if _is_folder(source) or any(isinstance(try_to_load_from_cache(source, file, revision=revision), str)
-                                 for file in ("model.safetensors", "model.safetensors.index.json")):
+    if is_here(name, revision):
         return 0
     return count_weights(model)[1] * (getattr(model.config.get_text_config(), "dtype", None) or torch.float32).itemsize

@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from dpruner.config import RunConfig, split_domain
 from dpruner.errors import InputError
 from dpruner.masks import pruned
-from dpruner.model import count_weights, fingerprint, load_model, stored_precision
+from dpruner.loading import load_model, stored_precision
+from dpruner.model import count_weights, fingerprint
 from dpruner.store import Run, open_run, write_masks
 
 MASK_FILE = "dpruner_mask.safetensors"

@@ -23,7 +23,8 @@ from dpruner.errors import InputError
 from dpruner.evaluate import Estimate, perplexity
 from dpruner.general import general_importance
 from dpruner.masks import Scores, jaccard, jaccard_floor, make_masks, pruned, ranked, sparsity_of
-from dpruner.model import count_weights, fingerprint, load_model, require_length, skipped_weights
+from dpruner.loading import load_model
+from dpruner.model import count_weights, fingerprint, require_length, skipped_weights
 from dpruner.stats import matrix_stats
 from dpruner.status import Status
 from dpruner.store import Run

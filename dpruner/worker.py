@@ -51,9 +51,11 @@ def submit(config: RunConfig, runs: str | Path = "runs", cache: str | Path = "ca
     store.write_json(run.folder / "status.json", {**WAITING, "pid": None, "born": time.time()})
     package = str(Path(__file__).parents[1])   # the process must find this package from wherever the paths in the config are meant
     path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    # threads that wait for each other spin far shorter than by default: the browser and the server want the processors too
+    environment = {"GOMP_SPINCOUNT": "3000", **os.environ, "PYTHONPATH": path}
     with open(run.folder / LOG, "ab") as log:   # a pipe that nobody reads would stall the job once it is full
         _children.append(subprocess.Popen([sys.executable, "-m", "dpruner.worker", str(run.folder), str(cache)], stdin=subprocess.DEVNULL,
-                                          stdout=log, stderr=log, start_new_session=True, env={**os.environ, "PYTHONPATH": path}))
+                                          stdout=log, stderr=log, start_new_session=True, env=environment))
     return run
 
 
@@ -142,7 +144,7 @@ def _waits_for(run: Run, device: str, before: float) -> bool:
 def work(folder: Path, cache: Path) -> None:
     """The job's own process: wait for the device, then run."""
     from dpruner import pipeline   # torch and transformers: seconds in which the status already tells that the job lives
-    from dpruner.model import pick_device
+    from dpruner.loading import pick_device
     run = Run(folder)
     config = RunConfig.from_dict(run.config)
     try:
@@ -168,7 +170,7 @@ def main() -> int:
     folder, cache = map(Path, sys.argv[1:3])
     store.write_json(folder / "status.json", {**Run(folder).status, **identity()})
     try:
-        from dpruner.model import quiet_libraries
+        from dpruner.loading import quiet_libraries
         with quiet_libraries():
             work(folder, cache)
     except InputError as error:

@@ -20,7 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dpruner.calibration import load_calibration
 from dpruner.domain import consumed_gradients, domain_importance, next_token_loss
 from dpruner.general import SPARSITY, general_importance, release_cut, saliency, sweep_group
-from dpruner.model import load_model, prunable_linears
+from dpruner.loading import load_model
+from dpruner.model import prunable_linears
 from dpruner.walk import walk
 
 ROOT = Path(__file__).parents[1]

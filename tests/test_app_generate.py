@@ -241,7 +241,7 @@ def test_only_one_model_is_resident_and_the_old_one_goes_first(run, tmp_path, mo
     other = Run(shutil.copytree(run.folder, run.folder.parent / "20300101-other"))
     store.write_json(other.folder / "run.json", {**run.record, "device": {**run.record["device"], "precision": "float64"}})
     monkeypatch.setattr(resident, "fingerprint", lambda model: run.record["model"]["fingerprint"])
-    monkeypatch.setattr("dpruner.model.DTYPES", {"float32": torch.float32, "float64": torch.float64})
+    monkeypatch.setattr("dpruner.loading.DTYPES", {"float32": torch.float32, "float64": torch.float64})
     for wanted, loads in ((run, 1), (run, 1), (other, 2), (run, 3)):
         with resident.taken(wanted):
             pass

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from dpruner import RunConfig, pipeline
 from dpruner.errors import InputError
 from dpruner.export import MASK_FILE, export, verify
-from dpruner.model import load_model, prunable_linears
+from dpruner.loading import load_model
+from dpruner.model import prunable_linears
 from dpruner.store import Run, read_masks, write_masks
 
 pytestmark = pytest.mark.usefixtures("one_thread")

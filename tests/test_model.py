@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5ForConditionalGeneration
 
 from dpruner.errors import InputError
-from dpruner.model import count_weights, fingerprint, load_model, max_length, prunable_linears, require_length, stored_precision
+from dpruner.loading import load_model, stored_precision
+from dpruner.model import count_weights, fingerprint, max_length, prunable_linears, require_length
 
 UP = "model.layers.1.mlp.up_proj.weight"
 

@@ -27,7 +27,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import dpruner
 from dpruner import RunConfig, calibration, pipeline, report, store, walk
 from dpruner.errors import InputError
-from dpruner.model import count_weights, fingerprint, heads_of, load_model, prunable_linears, stored_transposed
+from dpruner.loading import load_model
+from dpruner.model import count_weights, fingerprint, heads_of, prunable_linears, stored_transposed
 from dpruner.stats import matrix_stats
 from dpruner.status import Status
 

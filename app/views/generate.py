@@ -288,4 +288,3 @@ else:
         st.error(problem, icon=":material/error:")
     if result["texts"]:
         show(result["texts"])
-widgets.copy_link()

@@ -125,4 +125,3 @@ with widgets.guarded():
         st.caption(f"Importance through the depth needs scores, and those of {method} exist only while it prunes.")
     else:
         depth()
-widgets.copy_link()

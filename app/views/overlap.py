@@ -178,4 +178,3 @@ def lambdas() -> None:
 for part in (kept_sets, the_plane, lambdas):
     with widgets.guarded():
         part()
-widgets.copy_link()

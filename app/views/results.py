@@ -12,7 +12,7 @@ from analysis.chart import listed, number
 from app import data, resident, state, widgets
 from dpruner import export, generate
 from dpruner.errors import InputError
-from dpruner.model import stored_precision
+from dpruner.loading import stored_precision
 
 ROUNDS, TOKENS, WARM = 6, 24, 8   # of the measurement of speed; tokens before each that do not count
 PROMPT = "The history of the Roman Empire"
@@ -285,4 +285,3 @@ def table() -> None:
 for part in (quality, over_sparsity, compare, size_and_speed, checkpoint, table):
     with widgets.guarded():
         part()
-widgets.copy_link()

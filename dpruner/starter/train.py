@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from dpruner.calibration import load_texts
 from dpruner.errors import InputError
-from dpruner.model import pick_device
+from dpruner.loading import pick_device
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 SMALLEST_VOCABULARY = len(SPECIAL) + 256   # the special tokens and every byte
