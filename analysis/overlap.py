@@ -4,6 +4,7 @@ Everything about two rankings follows from their joint histogram, (256, 256) cou
 ranks once and answers every slider from it. Histograms of several matrices may be added.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -236,16 +237,22 @@ def region_codes(a, b) -> np.ndarray:
     Returns:
         uint8, same shape.
     """
-    a, b = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
-    if a.shape != b.shape:
-        raise InputError("The masks cannot be compared", f"their shapes are {a.shape} and {b.shape}", "choose masks of the same matrix")
+    a, b = _masks(a, b)
     return a.view(np.uint8) + 2 * b.view(np.uint8)
 
 
 def region_counts(a, b) -> Regions:
     """How many weights both, one or none of two masks keep; arguments as for `region_codes`."""
-    counts = np.bincount(region_codes(a, b).reshape(-1), minlength=4)
-    return Regions(*(int(counts[code]) for code in (BOTH, ONLY_A, ONLY_B, NEITHER)))
+    a, b = _masks(a, b)
+    both, of_a, of_b = (int(np.count_nonzero(m)) for m in (a & b, a, b))
+    return Regions(both, of_a - both, of_b - both, a.size - of_a - of_b + both)
+
+
+def _masks(a, b) -> tuple[np.ndarray, np.ndarray]:
+    a, b = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
+    if a.shape != b.shape:
+        raise InputError("The masks cannot be compared", f"their shapes are {a.shape} and {b.shape}", "choose masks of the same matrix")
+    return a, b
 
 
 def region_histogram(a, b, third, sparsity_a: float, sparsity_b: float) -> np.ndarray:
@@ -310,8 +317,10 @@ def cell_shares(flags, cells: int = 64) -> tuple[np.ndarray, np.ndarray, np.ndar
     Returns:
         (float64 (a, b) shares, int64 (a + 1,) edges of the rows, int64 (b + 1,) edges of the columns).
     """
-    flags = np.asarray(flags)
-    edges = [np.linspace(0, n, min(cells, n) + 1).astype(np.int64) for n in flags.shape]
-    by_rows = np.add.reduceat(flags.view(np.uint8), edges[0][:-1], axis=0, dtype=np.int32)   # rows first: that reads memory in order
-    counts = np.add.reduceat(by_rows, edges[1][:-1], axis=1, dtype=np.int64)
+    bits = np.asarray(flags).view(np.uint8)
+    edges = [np.linspace(0, n, min(cells, n) + 1).astype(np.int64) for n in bits.shape]
+    # rows first: that reads memory in order; bytes hold the sum of 255 rows, and are added many at a time
+    by_rows = np.array([sum(bits[at:min(at + 255, stop)].sum(0, dtype=np.uint8).astype(np.int64) for at in range(start, stop, 255))
+                        for start, stop in itertools.pairwise(edges[0])])
+    counts = np.add.reduceat(by_rows, edges[1][:-1], axis=1)
     return counts / np.outer(np.diff(edges[0]), np.diff(edges[1])), *edges

@@ -269,44 +269,7 @@ def _spread_table(rows: list[tuple[str, np.ndarray, int]], part: str, more_than:
     return pd.concat([places([name for name, _, _ in rows]), pd.DataFrame(found)], axis=1)
 
 
-# ---- what a run's own tables say of the model
-
-
-def heads_from_stats(stats: pd.DataFrame) -> dict[str, tuple[str, int]]:
-    """Where heads lie, {matrix: (axis, size)} as `dpruner.model.heads_of` gives it, without the model.
-
-    The counts of heads are sums of rows or of columns; which of them is seen from the counts of the first mask. Where both fit, rows are
-    taken.
-
-    Args:
-        stats: a run's stats.parquet.
-    """
-    for column in ("method", "domain"):
-        if column in stats and len(stats):
-            stats = stats[stats[column] == stats[column].iloc[0]]
-    found, counts = {}, {}
-    for (name, part), rows in stats.groupby(["matrix", "part"], sort=False, observed=True):
-        counts.setdefault(str(name), {})[part] = rows["kept"].to_numpy()
-    for name, parts in counts.items():
-        for axis in ("row", "column"):
-            size, rest = divmod(len(parts[axis]), len(parts["head"])) if "head" in parts else (0, 1)
-            if rest == 0 and np.array_equal(parts[axis].reshape(-1, size).sum(axis=1), parts["head"]):
-                found[name] = (axis, size)
-                break
-    return found
-
-
-def transposed_from_stats(stats: pd.DataFrame, shapes: Mapping[str, tuple[int, ...]]) -> frozenset[str]:
-    """Names of the weights that the model stores as (in, out), without the model; square ones count as stored like the rest.
-
-    Args:
-        stats: a run's stats.parquet, whose rows and columns are meant in the (out, in) sense.
-        shapes: {matrix: shape as stored}, as from `analysis.matrices.mask_shapes`.
-    """
-    rows = stats.loc[stats["part"] == "row"].groupby("matrix", observed=True)["index"].max() + 1
-    known = {n: int(rows[n]) != s[0] for n, s in shapes.items() if n in rows.index and s[0] != s[1]}
-    squares = sum(known.values()) * 2 > len(known)
-    return frozenset(n for n in shapes if known.get(n, squares))
+# ---- importance
 
 
 def importance_kept(edges: Mapping[str, np.ndarray], means: Mapping[str, float], sparsity: float) -> pd.DataFrame:

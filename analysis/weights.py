@@ -104,10 +104,13 @@ def general_file(record: Mapping, cache: Path) -> Path | None:
         record: run.json.
         cache: the folder of caches that `dpruner.run` was given.
     """
-    config = record["config"]
-    wanted = {"model": record["model"]["fingerprint"], "calibration": record["calibration"][split_domain(config["general"])[0]],
-              "device": record["device"]["type"], "torch": record["versions"]["torch"], "mode": config["general_mode"],
-              "sparsity": config["general_sparsity"]}
+    try:
+        config = record["config"]
+        wanted = {"model": record["model"]["fingerprint"], "calibration": record["calibration"][split_domain(config["general"])[0]],
+                  "device": record["device"]["type"], "torch": record["versions"]["torch"], "mode": config["general_mode"],
+                  "sparsity": config["general_sparsity"]}
+    except (KeyError, TypeError):   # a record without them belongs to no file
+        return None
     for path in sorted(Path(cache).glob("general/*.safetensors")):
         try:
             with opened(path) as file:

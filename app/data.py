@@ -7,7 +7,7 @@ import pandas as pd
 import streamlit as st
 
 from analysis import matrices, overlap, similarity, weighing, weights
-from analysis.sparsity import at_least, heads_from_stats, part_counts, rank_spread, stats_spread, threshold, transposed_from_stats
+from analysis.sparsity import at_least, part_counts, rank_spread, stats_spread, threshold
 from dpruner import estimate, loading, report, store
 from dpruner.calibration import load_texts
 from dpruner.errors import InputError
@@ -93,10 +93,9 @@ def counts(files: tuple[tuple[str, tuple[str, float]], ...], sparsity: float | N
 @st.cache_data(max_entries=32, show_spinner=False)
 def _stored(folder: str, when: float) -> tuple[dict, frozenset, dict]:
     run = Run(folder)
-    method, domain = run.pairs()[0]   # one mask is enough to tell, and a fraction of the rows
-    shapes = matrices.mask_shapes(run.path("masks", method, domain))
-    table = _part_rows(folder, method, domain)
-    return shapes, transposed_from_stats(table, shapes), heads_from_stats(table)
+    model = run.record.get("model", {})
+    heads = {name: (axis, size) for name, (axis, size) in model.get("heads", {}).items()}
+    return matrices.mask_shapes(run.path("masks", *run.pairs()[0])), frozenset(model.get("transposed", ())), heads
 
 
 def shape(run: Run, matrix: str) -> tuple[int, int]:

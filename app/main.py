@@ -31,9 +31,12 @@ def put_aside() -> None:
 
 put_aside()
 page = st.navigation(PAGES)
+st.html("<style>.block-container, [data-testid=stMainBlockContainer] {padding-top: 3rem} [data-testid=stSidebarHeader] {height: 2.5rem}</style>")
 with widgets.guarded():
     demo.ensure()
     state.choose()
+with st.sidebar:
+    widgets.copy_link()
 try:
     page.run()
 except InputError as error:   # whatever a page did not catch itself

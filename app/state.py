@@ -75,11 +75,17 @@ def _chosen(runs: dict[str, Run]) -> Selection | None:
         return None
     run = runs[_choice("Run", list(runs), "run")]
     pairs = data.pairs(run)
-    method = _choice("Method", list(dict.fromkeys(m for m, _ in pairs)), "method")
-    domain = _choice("Domain", [d for m, d in pairs if m == method], "domain")
+    left, right = st.columns(2, gap="small")
+    with left:
+        method = _choice("Method", list(dict.fromkeys(m for m, _ in pairs)), "method")
+    with right:
+        domain = _choice("Domain", [d for m, d in pairs if m == method], "domain")
     places = data.places(run)
-    block = _choice("Layer", sorted(places.block.unique().tolist()), "block")
-    module = _choice("Module", places[places.block == block].module.tolist(), "module")
+    left, right = st.columns([2, 5], gap="small")
+    with left:
+        block = _choice("Layer", sorted(places.block.unique().tolist()), "block")
+    with right:
+        module = _choice("Module", places[places.block == block].module.tolist(), "module")
     default = round(100 * run.config["sparsity"])
     sparsity = st.slider("Sparsity (% removed)", 0, 100, _known("sparsity", range(101), default), key="sparsity", bind="query-params",
                          help="Masks of every sparsity follow from the ranks of the weights: nothing is computed anew.")

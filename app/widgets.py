@@ -4,7 +4,6 @@ import contextlib
 import re
 
 import streamlit as st
-import streamlit.components.v1 as components
 
 from dpruner.errors import InputError
 
@@ -31,7 +30,7 @@ def chart(made, key: str, **options):
     state = st.plotly_chart(made.figure, key=key, config=config, alt=made.alt, **options)
     st.caption(f"**How to read this:** {made.how}")
     with st.popover("Take it away", help="Its data and itself, for a paper or a lesson"):
-        st.download_button("Data (CSV)", made.table.to_csv(index=False).encode(), f"{file_name(made.title)}.csv", "text/csv", key=f"{key}-csv",
+        st.download_button("Data (CSV)", lambda: made.table.to_csv(index=False).encode(), f"{file_name(made.title)}.csv", "text/csv", key=f"{key}-csv",
                            on_click="ignore")
         st.download_button("Figure (HTML)", lambda: made.figure.to_html(include_plotlyjs=True, full_html=True).encode(),
                            f"{file_name(made.title)}.html", "text/html", key=f"{key}-html", on_click="ignore")
@@ -53,12 +52,23 @@ def guarded():
         st.error(str(error), icon=":material/error:")
 
 
+_COPY_LINK = st.components.v2.component(
+    "copy_link",
+    html='<button aria-label="Copy a link to this view">Copy link</button>',
+    css="""button {font: inherit; font-size: 0.875rem; width: 100%; padding: 0.35rem 0.75rem; cursor: pointer; background: none;
+                   color: var(--st-text-color); border: 1px solid var(--st-border-color); border-radius: var(--st-button-radius)}
+           button:hover, button:focus-visible {color: var(--st-primary-color); border-color: var(--st-primary-color); outline: none}""",
+    # over plain http from another machine a browser has no clipboard: then the address is shown to be copied by hand
+    js="""export default ({parentElement}) => {
+            const button = parentElement.querySelector("button")
+            button.onclick = async () => {
+              try { await navigator.clipboard.writeText(window.location.href); button.textContent = "Copied" }
+              catch { window.prompt("Copy this link", window.location.href) }
+              setTimeout(() => { button.textContent = "Copy link" }, 2000)
+            }
+          }""")
+
+
 def copy_link() -> None:
     """A button that copies the address of this very view, selection included."""
-    components.html("""<button id="b" style="font:14px sans-serif;padding:4px 10px;border:1px solid #8888;border-radius:8px;background:none;
-        color:inherit;cursor:pointer" aria-label="Copy a link to this view">Copy link</button><script>
-        document.getElementById('b').onclick = e => { const u = window.parent.location.href;
-          (window.parent.navigator.clipboard ? window.parent.navigator.clipboard.writeText(u) : Promise.reject()).then(
-            () => e.target.textContent = 'Copied', () => { const t = window.parent.document.createElement('textarea'); t.value = u;
-              window.parent.document.body.append(t); t.select(); window.parent.document.execCommand('copy'); t.remove();
-              e.target.textContent = 'Copied'; }); };</script>""", height=40)
+    _COPY_LINK()

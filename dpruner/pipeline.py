@@ -24,8 +24,8 @@ from dpruner.evaluate import Estimate, perplexity
 from dpruner.general import general_importance
 from dpruner.masks import Scores, jaccard, jaccard_floor, make_masks, pruned, ranked, sparsity_of
 from dpruner.loading import load_model
-from dpruner.model import count_weights, fingerprint, require_length, skipped_weights
-from dpruner.stats import matrix_stats
+from dpruner.model import count_weights, fingerprint, heads_of, require_length, skipped_weights, transposed_names
+from dpruner.stats import in_parts, matrix_stats
 from dpruner.status import Status
 from dpruner.store import Run
 
@@ -118,7 +118,7 @@ def execute(run: Run, config: RunConfig, prepared: Prepared, cache: Path, status
             status.about = f"two halves of {label}"
             metrics.append(score_halves(run, config, prepared, label, G, sparsity, status))
     metrics.append(similarities(run, config, texts.labels))
-    store.write_table(run.folder / "stats.parquet", pd.concat(stats, ignore_index=True))
+    store.write_table(run.folder / "stats.parquet", in_parts(pd.concat(stats, ignore_index=True)))
     store.write_table(run.folder / "metrics.parquet", pd.concat([m for m in metrics if len(m)], ignore_index=True))
 
 
@@ -179,7 +179,8 @@ def record(config: RunConfig, prepared: Prepared) -> dict:
         "versions": {"python": platform.python_version(), **packages},
         "device": {"type": model.device.type, "threads": torch.get_num_threads(), "precision": str(model.dtype).removeprefix("torch.")},
         "model": {"class": type(model).__name__, "fingerprint": prepared.fingerprint, "commit": getattr(model.config, "_commit_hash", None),
-                  "prunable_weights": prunable, "weights": total, "skipped": skipped_weights(model)},
+                  "prunable_weights": prunable, "weights": total, "skipped": skipped_weights(model),
+                  "transposed": sorted(transposed_names(model)), "heads": heads_of(model)},
         "calibration": {label: calibration.fingerprint(b) for label, b in {texts.open_label: texts.general, **texts.domains}.items()},
     }
 

@@ -38,6 +38,12 @@ def matrix_stats(model: nn.Module, masks: Mapping[str, torch.Tensor], scores: Sc
     return pd.concat(tables, ignore_index=True)
 
 
+def in_parts(stats: pd.DataFrame) -> pd.DataFrame:
+    """The counts of several masks, each kind of part together, names as categories: a large model's millions of rows are then read a part at a time."""
+    names = ["method", "domain", "part", "matrix"]
+    return stats.astype(dict.fromkeys(names, "category")).sort_values(names[:3], kind="stable", ignore_index=True)
+
+
 def _part(name: str, part: str, kept: np.ndarray, score: np.ndarray) -> pd.DataFrame:
     """One row for each row of `kept` (parts, weights)."""
     return pd.DataFrame({"matrix": name, "part": part, "index": np.arange(len(kept), dtype=np.int32), "weights": np.int64(kept.shape[1]),

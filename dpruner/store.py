@@ -18,6 +18,7 @@ from dpruner.errors import InputError
 from dpruner.masks import Scores, pack, unpack
 
 STATES = ("queued", "running", "done", "failed", "cancelled")
+ROW_GROUP = 2**16   # rows of a table that are read, or passed over, together
 
 
 @contextlib.contextmanager
@@ -108,7 +109,7 @@ def opened(path: Path, device: str = "cpu"):
 
 def write_table(path: Path, rows: pd.DataFrame) -> None:
     with replacing(path) as temporary:
-        rows.to_parquet(temporary, index=False)
+        rows.to_parquet(temporary, index=False, row_group_size=ROW_GROUP)
 
 
 def read_table(path: Path) -> pd.DataFrame:

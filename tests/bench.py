@@ -11,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import bench_app
 import plain
 import psutil
 import torch
@@ -190,7 +191,8 @@ def demo():
         row("`make demo`", "one minute", f"{time.perf_counter() - start:.0f} s", "≤ 60 s")
 
 
-PARTS = {"general": general, "domain": domain, "memory": memory, "cost": linear_cost, "demo": demo}
+PARTS = {"general": general, "domain": domain, "memory": memory, "cost": linear_cost, "demo": demo,
+         "app": lambda: bench_app.small(row), "large": lambda: bench_app.large(row)}
 
 
 def main():

@@ -234,8 +234,8 @@ def test_a_runs_tables_and_its_ranks_tell_the_same(small, llama):
     import dpruner
     stats, run = small.run.stats(), small.run
     model, _ = dpruner.load_model(str(llama), device="cpu")
-    heads = sparsity.heads_from_stats(stats)
-    assert heads == heads_of(model)
+    heads = heads_of(model)
+    assert run.record["model"]["heads"] == {name: list(where) for name, where in heads.items()}
     path = run.path("ranks", "magnitude", "legal")
     one = stats[(stats["method"] == "magnitude") & (stats["domain"] == "legal")]
     for part in ("row", "column", "head"):
@@ -246,21 +246,19 @@ def test_a_runs_tables_and_its_ranks_tell_the_same(small, llama):
     with pytest.raises(InputError):
         sparsity.stats_spread(stats)
     shapes = matrices.mask_shapes(run.path("masks", "magnitude", "legal"))
-    assert list(shapes) == list(dict.fromkeys(stats["matrix"])) and sparsity.transposed_from_stats(stats, shapes) == frozenset()
+    assert list(shapes) == list(dict.fromkeys(stats["matrix"])) and run.record["model"]["transposed"] == []
     assert set(matrices.rank_shapes(path).items()) == set(shapes.items())
 
 
-def test_weights_stored_the_other_way_are_found_from_the_tables():
+def test_heads_of_weights_stored_the_other_way_are_counted_as_the_tables_count_them():
     model = tiny("gpt2")
     parameters = {n: p for n, p in model.named_parameters() if n in transposed_names(model)}
     masks = {n: torch.rand(p.shape, generator=torch.Generator().manual_seed(1)) < 0.5 for n, p in parameters.items()}
     stats = matrix_stats(model, masks)
-    transposed = sparsity.transposed_from_stats(stats, {n: tuple(m.shape) for n, m in masks.items()})
-    assert transposed == transposed_names(model)
-    heads = sparsity.heads_from_stats(stats)
-    assert heads == heads_of(model)
+    heads = heads_of(model)
+    assert heads
     for name, (axis, size) in heads.items():
-        kept = sparsity.part_counts(masks[name], axis, size, name in transposed)
+        kept = sparsity.part_counts(masks[name], axis, size, name in transposed_names(model))
         assert kept.tolist() == stats[(stats["matrix"] == name) & (stats["part"] == "head")]["kept"].tolist()
 
 

@@ -148,8 +148,8 @@ def window(look: Look, head: tuple[str, int] | None) -> tuple[slice, slice]:
         if key in st.session_state:   # left from a larger matrix
             st.session_state[key] = min(st.session_state[key], size - 1)
     row, column, size, jump = st.columns(4)
-    top = row.number_input("Jump to row", 0, look.shape[0] - 1, 0, key="explore-row", bind="query-params", help=WINDOW_HELP)
-    left = column.number_input("Jump to column", 0, look.shape[1] - 1, 0, key="explore-column", bind="query-params", help=WINDOW_HELP)
+    top = row.number_input("Jump to row", 0, look.shape[0] - 1, key="explore-row", bind="query-params", help=WINDOW_HELP)
+    left = column.number_input("Jump to column", 0, look.shape[1] - 1, key="explore-column", bind="query-params", help=WINDOW_HELP)
     side = size.selectbox("Window", SIZES, index=2, key="explore-size", bind="query-params", format_func=lambda n: f"{n} × {n} weights")
     jump_to_head(jump, look, head)
     starts = [min(first, max(n - side, 0)) for first, n in zip((top, left), look.shape, strict=True)]

@@ -1,0 +1,93 @@
+"""The card beside the form: can this run be done, what will it take, and the button that starts it."""
+
+import shutil
+from pathlib import Path
+
+import streamlit as st
+
+from app import data, state, widgets
+from app.units import duration, size
+from dpruner import RunConfig, estimate, worker
+from dpruner.loading import pick_device
+from dpruner.model import count_weights, decoder_blocks, max_length, skipped_weights
+
+
+def card(settings: dict) -> None:
+    """What a run of these settings would take, and the button.
+
+    Args:
+        settings: as RunConfig takes them.
+    """
+    st.markdown("#### Before it starts")
+    config, ready = RunConfig(**settings), False
+    with widgets.guarded():
+        ready = examine(config)
+    start(config, ready)
+
+
+def examine(config: RunConfig) -> bool:
+    """Say whether a run can be done, and what it will take.
+
+    Returns:
+        Whether it may be started.
+
+    Raises:
+        InputError: it cannot be done.
+    """
+    if not config.model:
+        st.info("Name the model first.")
+        return False
+    if not config.domains or not config.methods:
+        st.info(f"Choose at least one {'method' if config.domains else 'domain'}.")
+        return False
+    config.check()
+    model = data.blank_model(config.model, config.revision)
+    st.session_state["run-longest"] = max_length(model)
+    show_model(config, model)
+    estimate.require_fitting(config, model)
+    device = str(pick_device(config.device))
+    dtype = str(estimate.precision(config, model, device)).removeprefix("torch.")
+    texts = estimate.Outline(config, data.texts)
+    seconds = estimate.seconds(config, model, texts, data.speed(config.model, config.revision, device, dtype), device)
+    memory, free = estimate.peak_memory(config, model, device), estimate.available_memory(device)
+    needed, room = estimate.disk(config, model), shutil.disk_usage(state.RUNS if state.RUNS.exists() else Path.cwd()).free
+    a, b = st.columns(2)
+    a.metric("Time, about", duration(seconds),
+             help="The planned work at the speed just measured on this device, if it has nothing else to do; without downloads.")
+    b.metric("Memory, about", size(sum(memory.values())),
+             help="At the worst moment:  \n" + "  \n".join(f"{what}: {size(part)}" for what, part in memory.items()))
+    st.caption(f"On {device} in {dtype}; {size(free)} of memory are free now. The run folder will take about {size(needed)} on disk.")
+    if needed > room:
+        st.error(f"The disk has only {size(room)} left; delete runs that are no longer needed, or choose fewer domains or methods.",
+                 icon=":material/error:")
+    if sum(memory.values()) > free:
+        helpful = estimate.remedies(config, model, device, free)
+        st.warning("This will probably **not fit into memory**. " + (
+            "What would make it fit:\n" + "\n".join(f"- {r.words} (≈ {size(r.bytes)})" for r in helpful) if helpful else
+            "No setting changes that: choose a smaller model, another device, or free some memory."), icon=":material/memory:")
+    st.caption("The result is zeros among the weights. By themselves they make the model **neither smaller nor faster**: they show which "
+               "weights a domain needs. The page Results tells sizes and measured speed.")
+    return needed <= room
+
+
+def show_model(config: RunConfig, model) -> None:
+    """What a model is, as far as pruning goes."""
+    prunable, total = count_weights(model)
+    blocks = len(decoder_blocks(model)[1])
+    st.markdown(f":material/check_circle: **{type(model).__name__}** can be pruned: {blocks} blocks, {prunable:,} of {total:,} weights "
+                f"({prunable / total:.0%}).")
+    if left := skipped_weights(model):
+        st.caption(f"Left alone: {sum(left.values()):,} weights in the blocks that are no plain linear layers, such as "
+                   f"`{next(iter(left))}`.")
+    if download := estimate.to_download(config.model, config.revision, model):
+        st.caption(f"Its weights are not on this machine yet: about {size(download)} to download first.")
+
+
+def start(config: RunConfig, ready: bool) -> None:
+    """The button, and what it sets going."""
+    if st.button("Start", type="primary", icon=":material/play_arrow:", disabled=not ready, key="run-start", width="stretch"):
+        with widgets.guarded():
+            run = worker.submit(config, state.RUNS, state.CACHE)
+            st.toast(f"{run.id} is queued.", icon=":material/play_circle:")
+            st.rerun()
+    st.caption("A run is a process of its own: the browser may be closed meanwhile. A device works on one run at a time; others wait.")

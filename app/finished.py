@@ -1,0 +1,110 @@
+"""What there is already: the newest finished run in a few figures, and every run to repeat, take along or delete."""
+
+import dataclasses
+import json
+import shlex
+import shutil
+
+import streamlit as st
+
+from app import data, running, state, widgets
+from dpruner import RunConfig, worker
+from dpruner.cli import REPEATED
+from dpruner.errors import InputError
+from dpruner.store import Run
+
+PAGES = {"layers": "stacks", "overlap": "join_inner", "similarity": "grid_on", "explore": "zoom_in", "generate": "edit_note",
+         "results": "monitoring"}
+
+
+def latest(run: Run) -> None:
+    """A finished run in a few figures, and where to see more of it."""
+    found, settings = data.summary(run), run.config
+    st.subheader("Latest result", anchor="latest")
+    share = "whole model" if settings["sparsity_of"] == "model" else "prunable weights"
+    st.markdown(f"**{settings['model']}**, {settings['sparsity']:.0%} of the {share} removed, for {', '.join(found['labels'])} · "
+                f"`{run.id}`")
+    st.markdown("**Perplexity on held-out text** (95 % interval)")
+    if found["perplexity"].empty:
+        st.caption("It was not measured in this run.")
+    else:
+        st.dataframe(found["perplexity"], hide_index=True, key="run-perplexity")
+        st.caption("How badly the model predicts text it has not seen: lower is better. Where two intervals overlap much, these texts do "
+                   "not tell which is better.")
+    st.markdown("**Similarity of the domains' masks** (Jaccard)")
+    if found["similarity"].empty:
+        st.caption("There is nothing to compare: it takes two domains, and a method that regards them.")
+    else:
+        st.dataframe(found["similarity"], hide_index=True, key="run-similarity")
+        st.caption("Weights that both masks keep, of those that either keeps. *Random*: what two random masks share. *Same domain*: what "
+                   "masks from two halves of one domain's text share. Only the place between these two says something.")
+    if found["lambda"]:
+        st.markdown("λ, the weight of general importance, changed " + ", ".join(
+            f"**{c['changed'] / c['of']:.2%}** of the mask decisions for {domain}" for domain, c in found["lambda"].items()) + ".")
+    with st.container(horizontal=True):
+        for page, icon in PAGES.items():
+            st.page_link(f"views/{page}.py", label=page.capitalize(), icon=f":material/{icon}:", query_params={"run": run.id})
+
+
+# ---- every run
+
+
+def every_run(known: list[tuple[Run, dict]]) -> None:
+    """One run of all to repeat, take along or delete."""
+    st.subheader("All runs", anchor="runs")
+    runs = {run.id: (run, status) for run, status in known}
+    chosen = st.selectbox("Run to look at", list(runs), format_func=lambda i: f"{i} · {runs[i][1]['state']}", key="run-shown")
+    run, status = runs[chosen]
+    st.markdown(running.said(status) if status.get("error") else f"This run {running.said(status)}.")
+    with widgets.guarded():
+        config = RunConfig.from_dict(run.config)
+        st.markdown("**Copy as command**: repeats this run, bit for bit on the same machine.")
+        st.code(command(config), language="bash", wrap_lines=True)
+    config_file, log, delete = st.columns([1, 1, 3])
+    with config_file, widgets.guarded():
+        st.download_button("Config file", json.dumps(run.record, indent=1, ensure_ascii=False).encode(), f"{run.id}.json",
+                           "application/json", key="run-config", icon=":material/download:", on_click="ignore",
+                           help="All settings, versions and fingerprints; `python -m dpruner prune --config FILE` repeats the run.")
+    with delete.popover("Delete", icon=":material/delete:", disabled=status["state"] in ("queued", "running"),
+                        help="A waiting or running run has to be cancelled first." if status["state"] in ("queued", "running") else None):
+        st.markdown(f"Delete **{run.id}** and all its files? This cannot be undone.")
+        st.button("Yes, delete it", key="run-delete", type="primary", on_click=delete_run, args=(run,))
+    if log.toggle("Log", key="run-log-shown"):
+        running.show_log(run)
+    if problem := st.session_state.pop("run-delete-problem", None):
+        st.error(problem, icon=":material/error:")
+
+
+def delete_run(run: Run) -> None:
+    """Remove a run's folder, never while it waits or runs."""
+    try:
+        over = worker.state(run)["state"] not in ("queued", "running")
+    except InputError:   # damaged: there is nothing to keep
+        over = True
+    if not over:
+        st.session_state["run-delete-problem"] = f"The run {run.id} is still going; cancel it first."
+        return
+    grave = state.RUNS / ".deleted" / run.id   # one folder deeper: gone at once for every reader
+    try:
+        grave.parent.mkdir(exist_ok=True)
+        run.folder.rename(grave)
+        shutil.rmtree(grave)
+    except FileNotFoundError:   # somebody else deleted it
+        pass
+    except OSError as error:
+        why = str(error.strerror).lower()
+        st.session_state["run-delete-problem"] = f"The run {run.id} could not be deleted: {why}; check its permissions."
+
+
+def command(config: RunConfig) -> str:
+    """The command line that does what a config says: what the run is about, and every setting that is not the default."""
+    words = ["python", "-m", "dpruner", "prune", "--model", config.model]
+    for field in dataclasses.fields(RunConfig):
+        value, flag = getattr(config, field.name), f"--{field.name.replace('_', '-')}"
+        if field.name in REPEATED:
+            words += [w for each in value for w in (f"--{REPEATED[field.name]}", each)]
+        elif value != field.default and field.name != "model":
+            words += [flag if value else f"--no-{flag[2:]}"] if isinstance(value, bool) else [flag, f"{value}"]
+    for flag, folder, usual in (("--runs", state.RUNS, "runs"), ("--cache", state.CACHE, "cache")):
+        words += [flag, str(folder)] if str(folder) != usual else []
+    return shlex.join(words)

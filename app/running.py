@@ -1,0 +1,83 @@
+"""What is happening: runs that wait, run or ended badly, as the page Run shows them from second to second."""
+
+import streamlit as st
+
+from app import state
+from app.units import duration
+from dpruner import store, worker
+from dpruner.errors import InputError
+from dpruner.store import Run
+
+LOG_LINES = 40
+
+
+@st.fragment(run_every=1)
+def happening() -> None:
+    """Waiting, running and failed runs, looked at every second; when one ends the whole page is drawn anew, once."""
+    known = statuses()
+    active = [(run, status) for run, status in known if status["state"] in ("queued", "running")]
+    before = st.session_state.get("run-active", set())
+    st.session_state["run-active"] = {run.id for run, _ in active}
+    if before - st.session_state["run-active"]:
+        st.rerun()
+    for run, status in sorted(active, key=lambda each: (each[1]["state"] != "running", each[0].id)):
+        show_active(run, status)
+    for run, status in known:   # newest first: what ended badly since the last good end
+        if status["state"] == "done":
+            break
+        if status["state"] in ("failed", "damaged"):
+            st.error(f"**{run.id}** {said(status)}", icon=":material/error:")
+        elif status["state"] == "cancelled":
+            st.info(f"**{run.id}** was cancelled. What it had finished is still in its folder.", icon=":material/cancel:")
+
+
+def statuses() -> list[tuple[Run, dict]]:
+    """Every run with its status as it is true now, newest first; a damaged folder's status says so in words."""
+    found = []
+    for run in store.find_runs(state.RUNS):
+        try:
+            found.append((run, worker.state(run)))
+        except InputError as error:
+            found.append((run, {"state": "damaged", "error": {"what": error.what, "why": error.why, "what to do": error.fix}}))
+    return found
+
+
+def said(status: dict) -> str:
+    """A status as a sentence."""
+    if error := status.get("error"):
+        return f"{error['what']}: {error['why']}; {error['what to do']}."
+    return {"queued": "waits", "running": f"is running ({status.get('progress', 0):.0%})", "done": "is finished",
+            "cancelled": "was cancelled"}[status["state"]]
+
+
+def show_active(run: Run, status: dict) -> None:
+    """One run that waits or runs: stage, share done, time left, log, cancel."""
+    with st.container(border=True):
+        words, button = st.columns([5, 1], vertical_alignment="center")
+        if status["state"] == "queued":
+            ahead = status.get("ahead", 0)
+            words.markdown(f"**{run.id}** waits: " + (
+                f"{ahead} run{'s' * (ahead > 1)} before it on {status['device']}." if ahead else "it is just starting."))
+        else:
+            words.markdown(f"**{run.id}** is running.")
+        if button.button("Cancel", key=f"run-cancel-{run.id}", icon=":material/cancel:",
+                         help="End this run; what it has finished stays in its folder."):
+            with st.spinner("Ending it …"):
+                worker.cancel(run)
+            st.rerun()
+        if status["state"] == "running":
+            at = f"{status['stage']} · {status['about']}".strip(" ·")
+            left = f"about {duration(status['eta_seconds'])} left" if status["eta_seconds"] else "time left: known in a moment"
+            st.progress(min(1.0, max(0.0, status["progress"])),
+                        f"{at} · step {min(status['done'] + 1, status['total'])} of {status['total']} · {status['progress']:.0%} · {left}")
+        if st.toggle("Log", key=f"run-log-{run.id}", help="What the process of this run has printed"):
+            show_log(run)
+
+
+def show_log(run: Run) -> None:
+    """The end of a run's log."""
+    try:
+        lines = (run.folder / worker.LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    st.code("\n".join(lines[-LOG_LINES:]) or "Nothing has been printed: all goes well.", language=None)
