@@ -71,7 +71,7 @@ def small(row) -> None:
                 figures.append(largest_figure(page))
             row(f"page {view.capitalize()}, a change of the selection, starter", f"the slowest of {len(seconds)}: {max(seconds) * 1e3:.0f} ms",
                 f"median {statistics.median(seconds) * 1e3:.0f} ms", "≤ 300 ms")
-            row(f"page {view.capitalize()}, its largest figure", "2 MB", f"{max(figures) / 1e6:.2f} MB", "≤ 2 MB")
+            row(f"page {view.capitalize()}, its largest figure", "2 MB", f"{max(figures) / 1e3:.0f} kB", "≤ 2 MB")
 
 
 # ---- a run with the shapes of LLaMA-2-7B
