@@ -7,8 +7,9 @@ from torch import nn
 
 from dpruner.compensate import Compensated, compensated_walk
 from dpruner.general import release_cut, saliency
-from dpruner.masks import Scores, as_rows, precise, require_sparsity
+from dpruner.masks import Scores, as_rows, precise, removed_rows, require_sparsity, usual_width
 from dpruner.model import blank_scores, prunable_linears, transposed_names
+from dpruner.partial import NOTHING, Checkpoint
 from dpruner.walk import Progress, quiet, walk
 
 
@@ -30,24 +31,38 @@ def random(model: nn.Module, seed: int, salt: str = "") -> Scores:
     return Scores({n: draw(n, m.weight.shape).to(m.weight.device) for n, m in prunable_linears(model).items()}, transposed_names(model))
 
 
-def wanda(model: nn.Module, batches: list[torch.Tensor], *, progress: Progress = quiet) -> Scores:
-    """`|w| · ‖x‖₂`, the norm of each input over the calibration tokens; meant for granularity "row" (Sun et al., 2024).
+def wanda(model: nn.Module, batches: list[torch.Tensor], sparsity: float | None = None, granularity: str = "row", *,
+          progress: Progress = quiet, checkpoint: Checkpoint = NOTHING) -> Scores:
+    """`|w| · ‖x‖₂`, the norm of each input over the calibration tokens (Sun et al., 2024).
 
-    Inputs come from the dense model; the weights stay as they are.
+    As in the paper, a block is pruned before it makes the inputs of the next one. So the scores belong to a sparsity and a granularity, and
+    `make_masks` of them at these gives the masks of the walk. The model's weights are untouched afterwards.
+
+    Args:
+        batches: calibration, LongTensors (b, seqlen).
+        sparsity: fraction removed on the way; None removes nothing, so that all inputs come from the dense model.
+        granularity: as `make_masks` takes it, "row" in the paper. Under "global", whose threshold is known in the end only, rows go on the way.
     """
+    require_sparsity(sparsity or 0)
     scores = blank_scores(model)
     names = scores.transposed
+    hidden = usual_width([as_rows(s, n in names) for n, s in scores.items()])
+    grouping = "row" if granularity == "global" else granularity
 
     def visit(rows, hessians):
+        norms = hessians[0].total.diagonal().sqrt()   # its diagonal is Σ x²
         for name, W in rows.items():
-            as_rows(scores[name], name in names).copy_(W.abs() * hessians[0].total.diagonal().sqrt())   # its diagonal is Σ x²
+            as_rows(scores[name], name in names).copy_(W.abs() * norms)
+            if sparsity is not None:
+                W.masked_fill_(removed_rows(W.abs() * norms, sparsity, grouping, hidden), 0)
+        return rows
 
-    walk(model, [batches], visit, update=False, stage="wanda", progress=progress)
+    walk(model, [batches], visit, {"score": scores}, update=sparsity is not None, stage="wanda", progress=progress, checkpoint=checkpoint)
     return scores
 
 
 def sparsegpt(model: nn.Module, calibrations: list[list[torch.Tensor]], sparsity: float, *,
-              progress: Progress = quiet) -> Compensated:
+              progress: Progress = quiet, checkpoint: Checkpoint = NOTHING) -> Compensated:
     """SparseGPT (Frantar and Alistarh, 2023): the walk of section 2, keeping its mask and its updated weights.
 
     Args:
@@ -58,4 +73,4 @@ def sparsegpt(model: nn.Module, calibrations: list[list[torch.Tensor]], sparsity
     def choose(name, W1, d, columns):
         return release_cut(saliency(W1, d), sparsity)
 
-    return compensated_walk(model, calibrations, choose, stage="sparsegpt", progress=progress)
+    return compensated_walk(model, calibrations, choose, stage="sparsegpt", progress=progress, checkpoint=checkpoint)

@@ -11,6 +11,7 @@ from dpruner.general import saliency, sweep_group
 from dpruner.hessian import mix
 from dpruner.masks import as_rows, lowest, require_sparsity
 from dpruner.model import prunable_linears, transposed_names
+from dpruner.partial import NOTHING, Checkpoint
 from dpruner.walk import Progress, quiet, walk
 
 HESSIANS = ("general", "domain", "mix")
@@ -24,7 +25,7 @@ class Compensated(NamedTuple):
 
 
 def compensated_walk(model: nn.Module, calibrations: list[list[torch.Tensor]], choose, *, stage: str = "compensation",
-                     progress: Progress = quiet) -> Compensated:
+                     progress: Progress = quiet, checkpoint: Checkpoint = NOTHING) -> Compensated:
     """The walk of section 2 with any rule for what goes, keeping its mask and its updated weights.
 
     Args:
@@ -44,7 +45,7 @@ def compensated_walk(model: nn.Module, calibrations: list[list[torch.Tensor]], c
             weights[name].copy_(as_rows(new[name], name in names))
         return new
 
-    walk(model, calibrations, visit, stage=stage, progress=progress)
+    walk(model, calibrations, visit, {"mask": masks, "weight": weights}, stage=stage, progress=progress, checkpoint=checkpoint)
     return Compensated(masks, weights)
 
 
@@ -60,7 +61,7 @@ def compensation_sets(general: list[torch.Tensor], domain: list[torch.Tensor], h
 
 
 def compensate_after(model: nn.Module, calibrations: list[list[torch.Tensor]], masks: Mapping[str, torch.Tensor], *,
-                     progress: Progress = quiet) -> Compensated:
+                     progress: Progress = quiet, checkpoint: Checkpoint = NOTHING) -> Compensated:
     """`compensate="after"`: the mask is given; the walk only moves the kept weights.
 
     Args:
@@ -71,7 +72,7 @@ def compensate_after(model: nn.Module, calibrations: list[list[torch.Tensor]], m
     def choose(name, W1, d, columns):
         return ~as_rows(masks[name].to(W1.device), name in names)[:, columns]
 
-    return compensated_walk(model, calibrations, choose, progress=progress)
+    return compensated_walk(model, calibrations, choose, progress=progress, checkpoint=checkpoint)
 
 
 def dual_saliency(W: torch.Tensor, diagonal: torch.Tensor, fisher: torch.Tensor, lam: float) -> torch.Tensor:
@@ -92,7 +93,7 @@ def relative(scores: torch.Tensor) -> torch.Tensor:
 
 
 def compensate_walk(model: nn.Module, calibrations: list[list[torch.Tensor]], fisher: Mapping[str, torch.Tensor], sparsity: float,
-                    lam: float = 1.0, *, progress: Progress = quiet) -> Compensated:
+                    lam: float = 1.0, *, progress: Progress = quiet, checkpoint: Checkpoint = NOTHING) -> Compensated:
     """`compensate="walk"`: the dual score is taken inside the walk, from the weights as compensation has left them (METHOD section 4).
 
     Args:
@@ -108,7 +109,7 @@ def compensate_walk(model: nn.Module, calibrations: list[list[torch.Tensor]], fi
         scores = dual_saliency(W1, d, f, lam)
         return lowest(scores.reshape(1, -1), round(sparsity * scores.numel())).view(scores.shape)
 
-    return compensated_walk(model, calibrations, choose, progress=progress)
+    return compensated_walk(model, calibrations, choose, progress=progress, checkpoint=checkpoint)
 
 
 def mixed_fisher(fishers: list[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from dpruner.errors import InputError
 from dpruner.formulas import DEFAULT_LAM, FORMULAS, balanced, relative_
 from dpruner.masks import Scores, precise
 from dpruner.model import blank_scores, prunable_linears, require_batches, transposed_names
+from dpruner.partial import NOTHING, Checkpoint
 from dpruner.walk import Progress, quiet, stack
 
 ALPHA = 0.03              # learning rate of the published recipe, α of the penalty
@@ -135,12 +136,14 @@ def parts_of(shape: torch.Size, largest: int) -> list[slice]:
 
 
 def stream_gradients(model: nn.Module, batches: list[torch.Tensor], consume: Callable[[str, torch.Tensor, slice], None], *, stage: str,
-                     progress: Progress = quiet) -> list[float]:
+                     progress: Progress = quiet, sums: Mapping[str, torch.Tensor] | None = None, checkpoint: Checkpoint = NOTHING) -> list[float]:
     """Hand over the gradient of every prunable weight on every batch, never keeping more than about one of them.
 
     Args:
         batches: LongTensors (b, seqlen); each gives one gradient of its mean next-token loss.
         consume: `consume(name, g, part)` with g the float32 gradient of the rows `part` of the weight as stored; it may be overwritten.
+        sums: every tensor that `consume` changes, in place.
+        checkpoint: where they are kept after a batch, and from which an earlier pass is continued.
 
     Returns:
         The batches' losses, in nats.
@@ -151,13 +154,27 @@ def stream_gradients(model: nn.Module, batches: list[torch.Tensor], consume: Cal
     require_batches(model, batches)
     linears = prunable_linears(model)
     take = _by_parts(linears, consume, _loss_scale(model))
-    losses = []
+    sums = sums or {}
+    start, losses = _continued(checkpoint, sums)
     with _frozen(model), consumed_gradients({n: m.weight for n, m in linears.items()}, take):
-        for number, ids in enumerate(batches, 1):
+        for number, ids in enumerate(batches[start:], start + 1):
             progress(stage, number - 1, len(batches))
             losses.append(_backward(model, ids.to(model.device), number))
+            checkpoint.offer(number, lambda: _with_losses(sums, losses))
     progress(stage, len(batches), len(batches))
     return losses
+
+
+def _continued(checkpoint: Checkpoint, sums: Mapping[str, torch.Tensor]) -> tuple[int, list[float]]:
+    """(batches done, their losses) of an earlier pass, whose sums are put in place."""
+    start, saved = checkpoint.load()
+    for name, total in sums.items() if start else ():
+        total.copy_(saved[name])
+    return start, saved["losses"].tolist() if start else []
+
+
+def _with_losses(sums: Mapping[str, torch.Tensor], losses: list[float]) -> dict[str, torch.Tensor]:
+    return {**sums, "losses": torch.tensor(losses, dtype=torch.float64)}
 
 
 def _by_parts(linears, consume, scale: float):
@@ -171,7 +188,7 @@ def _by_parts(linears, consume, scale: float):
     return take
 
 
-def _tune_and_stream(model, batches, consume, tune: FineTune, *, stage, progress) -> list[float]:
+def _tune_and_stream(model, batches, consume, tune: FineTune, *, stage, progress, sums, checkpoint) -> list[float]:
     """As `stream_gradients`, with a step of SGD after each batch. The first backward pass measures the norm and is scored, the second updates."""
     batches = [b[:, :tune.seqlen] for b in batches]
     require_batches(model, batches)
@@ -180,9 +197,10 @@ def _tune_and_stream(model, batches, consume, tune: FineTune, *, stage, progress
     prunable = prunable_linears(model)
     scale = _loss_scale(model)
     take = _by_parts(prunable, consume, scale)
-    losses = []
     with _frozen(model), _restored(model):
-        for step, ids in enumerate(batches):
+        state = {**sums, **{f"parameter {n}": p.data for n, p in trainable.items()}}   # the tuned weights are what the next step starts from
+        start, losses = _continued(checkpoint, state)
+        for step, ids in enumerate(batches[start:], start):
             progress(stage, step, len(batches))
             squares = []
 
@@ -198,13 +216,14 @@ def _tune_and_stream(model, batches, consume, tune: FineTune, *, stage, progress
             shrink = tune.rate(step, len(batches)) * min(1.0, tune.clip / (norm + 1e-6)) / scale
             with consumed_gradients(trainable, lambda name, g: trainable[name].data.add_(g, alpha=-shrink)):
                 _backward(model, ids, step + 1)
+            checkpoint.offer(step + 1, lambda: _with_losses(state, losses))
         progress(stage, len(batches), len(batches))
     return losses
 
 
 def domain_importance(model: nn.Module, batches: list[torch.Tensor], G: Mapping[str, torch.Tensor], formula: str = "balanced",
                       lam: float | None = None, *, means: str = "matrix", alpha: float = ALPHA, finetune: FineTune | None = None,
-                      progress: Progress = quiet) -> DomainImportance:
+                      progress: Progress = quiet, checkpoint: Checkpoint = NOTHING) -> DomainImportance:
     """Score every prunable weight for a domain, alone and together with general importance (METHOD sections 3 and 4).
 
     Args:
@@ -219,6 +238,7 @@ def domain_importance(model: nn.Module, batches: list[torch.Tensor], G: Mapping[
         finetune: fine-tune while scoring, as the paper does. "taylor" and "release" then use each step's weights, "balanced" the original ones,
             which are the ones that the mask removes.
         progress: called with ("domain importance", batches done, batches).
+        checkpoint: see `stream_gradients`.
 
     Returns:
         DomainImportance; `.dual` and `.domain` come from the same pass.
@@ -241,11 +261,12 @@ def domain_importance(model: nn.Module, batches: list[torch.Tensor], G: Mapping[
     def consume(name, g, part):
         accumulators[name].add(g, part)
 
-    stage = "domain importance"
+    watched = {"stage": "domain importance", "progress": progress, "checkpoint": checkpoint,
+               "sums": {f"{what} {n}": total for n, a in accumulators.items() for what, total in a.sums.items()}}
     if finetune:
-        losses = _tune_and_stream(model, batches, consume, finetune, stage=stage, progress=progress)
+        losses = _tune_and_stream(model, batches, consume, finetune, **watched)
     else:
-        losses = stream_gradients(model, batches, consume, stage=stage, progress=progress)
+        losses = stream_gradients(model, batches, consume, **watched)
     names = transposed_names(model)
     domain = Scores({n: a.domain(len(losses)) for n, a in accumulators.items()}, names)
     if formula == "balanced":
@@ -256,10 +277,11 @@ def domain_importance(model: nn.Module, batches: list[torch.Tensor], G: Mapping[
     for name, scores in dual.items():
         if not torch.isfinite(scores.max()):   # NaN is passed on by the maximum
             raise InputError(f"The scores of {name} are not finite", "its gradients overflowed", "use bfloat16 or float32, or fewer batches")
-    return DomainImportance(dual, domain, Scores(G, names), losses)
+    return DomainImportance(dual, domain, Scores({n: G[n] for n in linears}, names), losses)   # G may come from a file, in its own order
 
 
-def fisher_diagonal(model: nn.Module, batches: list[torch.Tensor], *, stage: str = "fisher", progress: Progress = quiet) -> Scores:
+def fisher_diagonal(model: nn.Module, batches: list[torch.Tensor], *, stage: str = "fisher", progress: Progress = quiet,
+                    checkpoint: Checkpoint = NOTHING) -> Scores:
     """Diagonal of the empirical Fisher, `mean_j g_j²`, of every prunable weight.
 
     Args:
@@ -269,7 +291,8 @@ def fisher_diagonal(model: nn.Module, batches: list[torch.Tensor], *, stage: str
         Scores, float32, shaped as stored.
     """
     squares = blank_scores(model)
-    losses = stream_gradients(model, batches, lambda name, g, part: squares[name][part].addcmul_(g, g), stage=stage, progress=progress)
+    losses = stream_gradients(model, batches, lambda name, g, part: squares[name][part].addcmul_(g, g), stage=stage, progress=progress,
+                              sums=squares, checkpoint=checkpoint)
     for s in squares.values():
         s.div_(len(losses))
     return squares

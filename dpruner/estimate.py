@@ -176,7 +176,7 @@ def seconds(config: RunConfig, model: nn.Module, texts: Outline, speed: Speed, d
     """How long a run takes on a device that has nothing else to do, without downloads: its planned work at the measured speed."""
     prunable, total = count_weights(model)
     vocabulary, hidden = model.get_input_embeddings().weight.shape
-    passes = sum(cost for _, cost in pipeline.planned_work(config, texts))
+    passes = sum(planned.cost for planned in pipeline.planned_work(config, texts))
     masks, ranks = _files(config)
     handled = (ranks + masks / 2) * prunable / speed.sorted
     loading = START + total * precision(config, model, device).itemsize / LOADING

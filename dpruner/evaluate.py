@@ -7,6 +7,7 @@ from torch import nn
 
 from dpruner.errors import InputError
 from dpruner.model import max_length
+from dpruner.partial import NOTHING, Checkpoint
 from dpruner.walk import TOKENS_PER_PASS, Progress, quiet
 
 RESAMPLES = 2000
@@ -55,9 +56,8 @@ def windows(length: int, seqlen: int, stride: int) -> list[tuple[int, int, int]]
     return spans
 
 
-@torch.inference_mode()
 def perplexity(model: nn.Module, tokenizer, texts: list[str], seqlen: int | None = None, stride: int | None = None, *, batch_size: int | None = None,
-               seed: int = 0, stage: str = "perplexity", progress: Progress = quiet) -> Estimate:
+               seed: int = 0, stage: str = "perplexity", progress: Progress = quiet, checkpoint: Checkpoint = NOTHING) -> Estimate:
     """Perplexity over texts, each its own context: windows of `seqlen` tokens every `stride`, of which only the new tokens count.
 
     Args:
@@ -66,12 +66,33 @@ def perplexity(model: nn.Module, tokenizer, texts: list[str], seqlen: int | None
         stride: default half the window, at most 512.
         batch_size: windows a forward pass, default as many as make 1,024 tokens; changes the result by rounding only.
         seed: of the bootstrap, which resamples windows.
+        checkpoint: where the sums are kept after a batch, and from which an earlier evaluation is continued.
 
     Returns:
         Estimate of exp(mean negative log-likelihood in nats); `n` counts windows.
 
     Raises:
         InputError: no text to predict, a window longer than the model allows, or a stride outside 1..seqlen.
+    """
+    _, sums, counts = window_losses(model, tokenizer, texts, seqlen, stride, batch_size=batch_size, stage=stage, progress=progress,
+                                    checkpoint=checkpoint)
+    if not len(sums):
+        raise InputError("The perplexity cannot be computed", "the texts hold no two tokens in a row", "give at least one sentence of text")
+    low, high = bootstrap_ratio(sums, counts, seed)
+    return Estimate(*np.exp([sums.sum() / counts.sum(), low, high]).tolist(), n=len(sums), tokens=int(counts.sum()))
+
+
+@torch.inference_mode()
+def window_losses(model: nn.Module, tokenizer, texts: list[str], seqlen: int | None = None, stride: int | None = None, *,
+                  batch_size: int | None = None, stage: str = "perplexity", progress: Progress = quiet,
+                  checkpoint: Checkpoint = NOTHING) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What perplexity is made of: the loss of every window, in the order of the texts. Arguments as there.
+
+    Returns:
+        (index of the text each window is from, sum of the negative log-likelihoods of its new tokens in nats, their count), each (windows,).
+
+    Raises:
+        InputError: a window longer than the model allows, or a stride outside 1..seqlen.
     """
     limit = max_length(model)
     seqlen = min(2048, limit or 2048) if seqlen is None else seqlen
@@ -80,24 +101,25 @@ def perplexity(model: nn.Module, tokenizer, texts: list[str], seqlen: int | None
         allowed = f"2 to {limit}" if limit else "2 or more"
         raise InputError(f"Windows of {seqlen} tokens every {stride} cannot be evaluated", f"the model takes {allowed} tokens and the stride fits into a window",
                          f"choose a seqlen of {allowed} and a stride from 1 to seqlen")
-    pieces = []
-    for text in texts:
+    pieces, origins = [], []
+    for origin, text in enumerate(texts):
         ids = torch.tensor(tokenizer(text, verbose=False).input_ids)
         pieces += [(ids[start:stop], new - start) for start, stop, new in windows(len(ids), seqlen, stride)]
-    if not pieces:
-        raise InputError("The perplexity cannot be computed", "the texts hold no two tokens in a row", "give at least one sentence of text")
+        origins += [origin] * (len(pieces) - len(origins))
     order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i][0]))   # like lengths together, so that little is padded
-    sums, counts = np.zeros(len(pieces)), np.zeros(len(pieces))
-    batch_size = batch_size or max(1, TOKENS_PER_PASS // len(pieces[order[0]][0]))
-    for at in range(0, len(order), batch_size):
+    start, saved = checkpoint.load()
+    totals = saved["totals"] if start else torch.zeros(2, len(pieces), dtype=torch.float64)
+    sums, counts = totals.numpy()   # views: what is written to them is in the totals
+    batch_size = batch_size or max(1, TOKENS_PER_PASS // max((len(ids) for ids, _ in pieces), default=1))
+    for at in range(start, len(order), batch_size):
         progress(stage, at, len(order))
         chosen = order[at:at + batch_size]
         for i, losses in zip(chosen, _losses(model, [pieces[i][0] for i in chosen]), strict=True):
             new = losses[pieces[i][1] - 1:]
             sums[i], counts[i] = new.sum(), len(new)
+        checkpoint.offer(at + batch_size, lambda: {"totals": totals})
     progress(stage, len(order), len(order))
-    low, high = bootstrap_ratio(sums, counts, seed)
-    return Estimate(*np.exp([sums.sum() / counts.sum(), low, high]).tolist(), n=len(pieces), tokens=int(counts.sum()))
+    return np.array(origins, dtype=np.int64), sums, counts
 
 
 def _losses(model, sequences: list[torch.Tensor]) -> list[np.ndarray]:

@@ -10,9 +10,10 @@ from safetensors import SafetensorError, safe_open
 from dpruner.config import RunConfig, split_domain
 from dpruner.errors import InputError
 from dpruner.masks import pruned
-from dpruner.loading import load_model, stored_precision
-from dpruner.model import count_weights, fingerprint
+from dpruner.loading import stored_precision
+from dpruner.model import count_weights
 from dpruner.store import Run, open_run, write_masks
+from dpruner.variants import load_original, require_variant
 
 MASK_FILE = "dpruner_mask.safetensors"
 
@@ -37,18 +38,11 @@ def export(run: Run | str | Path, method: str, domain: str, to: str | Path) -> P
     to = Path(to)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise InputError(f"The folder {str(to)!r} cannot be written", "it exists and is not empty", "give the name of a new folder")
-    if (method, domain) not in run.pairs():
-        raise InputError(f"The run {run.id} holds no mask of {method} for {domain}", f"it holds {', '.join(f'{m}@{d}' for m, d in run.pairs()) or 'none'}",
-                         "choose one of these")
-    record = run.record
-    config = RunConfig.from_dict(record["config"])
-    revision = record["model"]["commit"] or config.revision
-    model, tokenizer = load_model(config.model, revision=revision, device="cpu", dtype=record["device"]["precision"])
-    if fingerprint(model) != record["model"]["fingerprint"]:
-        raise InputError(f"The model {config.model!r} is not the one that was pruned", "its weights have changed since the run",
-                         "restore the model, or run again")
+    require_variant(run, method, domain)
+    model, tokenizer = load_original(run, device="cpu")
+    config = RunConfig.from_dict(run.config)
     masks, weights = run.masks(method, domain), run.weights(method, domain)
-    stored = stored_precision(config.model, revision)
+    stored = stored_precision(config.model, run.record["model"]["commit"] or config.revision)
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{to.name}.", dir=to.parent) as scratch:

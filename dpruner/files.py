@@ -6,6 +6,8 @@
 import codecs
 import glob
 import gzip
+import itertools
+import json
 import os
 import re
 import tempfile
@@ -55,7 +57,7 @@ def documents(path: Path, column: str | None = None) -> list[str]:
     """
     files = _usable_files(path)
     for file in files:
-        _check_readable(file)
+        require_readable(file)
     texts = [file for file in files if _builder(file) == "text"]
     found = _load("text", texts, None) if texts else []
     for file in files:
@@ -123,15 +125,19 @@ def _builder(path: Path) -> str | None:
     return None if builder == "parquet" and name.endswith(".gz") else builder
 
 
-def _check_readable(file: Path) -> None:
-    """Refuses an empty, unreadable or binary file, before a parser stumbles over it in its own words."""
+def require_readable(file: Path) -> None:
+    """Refuse an empty, unreadable or binary file and broken JSON, before a parser stumbles over it in its own words.
+
+    Raises:
+        InputError: says what is wrong with it.
+    """
     if not file.stat().st_size:
         raise _unreadable(file, "it is empty", "add text, or give another file")
     if _builder(file) == "parquet":
         return
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
-        with gzip.open(file) if file.name.lower().endswith(".gz") else open(file, "rb") as stream:
+        with _opened(file) as stream:
             while block := stream.read(1 << 20):
                 if b"\0" in block:
                     raise _unreadable(file, "it is binary, not text", "give a text file, saved as UTF-8")
@@ -141,6 +147,45 @@ def _check_readable(file: Path) -> None:
         raise _unreadable(file, "it is not UTF-8 text", "save it as UTF-8") from None
     except (OSError, EOFError, zlib.error) as error:
         raise _unreadable(file, f"opening it failed ({reason(error)})", "mend the file or its permissions") from error
+    if _builder(file) == "json":
+        for _ in json_rows(file):
+            pass
+
+
+def _opened(file: Path):
+    return gzip.open(file) if file.name.lower().endswith(".gz") else open(file, "rb")
+
+
+def json_rows(file: Path) -> Iterator[dict | str]:
+    """The rows of a JSON file: one in every line, or all in one list.
+
+    Read by Python's own parser: at a null, or at great depth, pyarrow's would end with the whole process.
+
+    Raises:
+        InputError: it is no well-formed JSON, or a row of it is neither object nor text.
+    """
+    values = (v if isinstance(v, list) else [v] for v in _json_values(file))
+    for i, row in enumerate(itertools.chain.from_iterable(values), 1):
+        if not isinstance(row, dict | str):
+            raise _unreadable(file, f"it is not a well-formed json file: its row {i} is {json.dumps(row)[:20]}, not an object",
+                              "give an object for each document, with its text in a field")
+        yield row
+
+
+def _json_values(file: Path) -> Iterator:
+    """The value of every line, or the one value over many lines."""
+    try:
+        with _opened(file) as stream:
+            lines = (line for line in stream if line.strip())
+            first = next(lines, b"[]")
+            try:
+                value = json.loads(first)
+            except ValueError:
+                value = json.loads(first + b"".join(lines))
+            yield value
+            yield from map(json.loads, lines)
+    except (ValueError, RecursionError) as error:
+        raise _unreadable(file, f"it is not a well-formed json file ({reason(error)})", "mend it, or export it again") from error
 
 
 def _load(builder: str, files: list[Path], column: str | None) -> list[str]:
@@ -153,7 +198,8 @@ def _load(builder: str, files: list[Path], column: str | None) -> list[str]:
         try:
             rows = datasets.load_dataset(builder, data_files=paths, split="train", cache_dir=cache, keep_in_memory=True, **options)
         except Exception as error:  # each parser raises its own types
-            why = f"it is not a well-formed {builder} file, or has no rows ({reason(error.__cause__ or error)})"
+            said = reason(error.__cause__ or error)
+            why = "it has no rows" if "corresponds to no data" in said else f"it is not a well-formed {builder} file, or has no rows ({said})"
             raise _unreadable(files[0], why, "mend it, or export it again") from error
         return [text or "" for text in rows[_text_column(rows.features, column, files[0])]]
 

@@ -1,4 +1,4 @@
-"""The scores by name (METHOD section 4): what each adds up batch by batch, and what it makes of the sums. Tensors in, tensors out."""
+"""The scores by name (METHOD section 4): what each adds up batch by batch, in its `sums`, and what it makes of them. Tensors in, tensors out."""
 
 from collections.abc import Mapping
 
@@ -16,6 +16,7 @@ class Balanced:
 
     def __init__(self, w: torch.Tensor, G: torch.Tensor, lam: float, alpha: float):
         self.w, self.squares = w, torch.zeros_like(precise(w))
+        self.sums = {"squares": self.squares}
 
     def add(self, g: torch.Tensor, part: slice) -> None:
         self.squares[part].addcmul_(g, g)
@@ -28,8 +29,9 @@ class Taylor:
     """`mean_j |u_j − ½ u_j²|`, u = g'·w, `g' = g + 2 λ α² G g h`, h the running mean of g² (the paper's equations)."""
 
     def __init__(self, w: torch.Tensor, G: torch.Tensor, lam: float, alpha: float):
-        self.w, self.G, self.penalty, self.batches = w, G, 2 * lam * alpha**2, 0
+        self.w, self.G, self.penalty, self.batches = w, G, 2 * lam * alpha**2, torch.zeros((), dtype=torch.int64)
         self.squares, self.of_both, self.of_domain = (torch.zeros_like(precise(w)) for _ in range(3))
+        self.sums = {"squares": self.squares, "of_both": self.of_both, "of_domain": self.of_domain, "batches": self.batches}
 
     def add(self, g: torch.Tensor, part: slice) -> None:
         self.batches += part.start == 0
@@ -37,7 +39,7 @@ class Taylor:
         u = g * self.w[part]
         self._count(self.of_domain[part], u)
         # g' = g (1 + 2 λ α² G h), so u' is u times the same factor
-        self._count(self.of_both[part], u.addcmul_(u, self.squares[part] * self.G[part], value=self.penalty / self.batches))
+        self._count(self.of_both[part], u.addcmul_(u, self.squares[part] * self.G[part], value=self.penalty / self.batches.item()))
 
     @staticmethod
     def _count(total: torch.Tensor, u: torch.Tensor) -> None:
@@ -59,6 +61,7 @@ class Release:
     def __init__(self, w: torch.Tensor, G: torch.Tensor, lam: float, alpha: float):
         self.w, self.G, self.penalty = w, G, lam * 2 * alpha**2 / RELEASE_COUNT
         self.of_both, self.of_domain = (torch.zeros_like(precise(w)) for _ in range(2))
+        self.sums = {"of_both": self.of_both, "of_domain": self.of_domain}
 
     def add(self, g: torch.Tensor, part: slice) -> None:
         g = g * RELEASE_SCALE

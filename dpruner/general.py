@@ -8,6 +8,7 @@ from dpruner.hessian import dampen, dead_inputs, factor
 from dpruner.masks import Scores, as_rows, require_sparsity
 from dpruner.model import blank_scores
 from dpruner.obs import BLOCKSIZE, sweep
+from dpruner.partial import NOTHING, Checkpoint
 from dpruner.walk import Progress, quiet, walk
 
 SPARSITY = 0.52   # what the authors' release prunes while it scores: half of LLaMA-2-7B
@@ -63,7 +64,7 @@ def sweep_group(rows: dict[str, torch.Tensor], H: torch.Tensor, choose, blocksiz
 
 
 def general_importance(model: nn.Module, batches: list[torch.Tensor], sparsity: float = SPARSITY, mode: str = "sequential", *,
-                       progress: Progress = quiet) -> Scores:
+                       progress: Progress = quiet, checkpoint: Checkpoint = NOTHING) -> Scores:
     """G of every prunable weight: `W² / diag(U)²`, with W as the compensation so far has left it (METHOD section 2).
 
     Args:
@@ -72,6 +73,7 @@ def general_importance(model: nn.Module, batches: list[torch.Tensor], sparsity: 
         sparsity: the general sparsity at which the walk prunes while it scores.
         mode: "sequential" (every block sees inputs made by pruned blocks) or "static" (one pass, nothing is updated).
         progress: called with ("general importance", blocks done, blocks).
+        checkpoint: see `walk`.
 
     Returns:
         Scores, float32 ≥ 0, shaped as stored.
@@ -100,5 +102,5 @@ def general_importance(model: nn.Module, batches: list[torch.Tensor], sparsity: 
             as_rows(G[name], name in names).copy_(saliency(W, diagonal))
 
     visit = sequential if mode == "sequential" else static
-    walk(model, [batches], visit, update=mode == "sequential", stage="general importance", progress=progress)
+    walk(model, [batches], visit, {"G": G}, update=mode == "sequential", stage="general importance", progress=progress, checkpoint=checkpoint)
     return G

@@ -91,8 +91,13 @@ def _column_groups(columns: int, hidden: int) -> list[int]:
     return [len(part) for part in np.array_split(np.arange(columns), groups)]
 
 
-def _removed(scores: torch.Tensor, sparsity: float, granularity: str, hidden: int) -> torch.Tensor:
-    """BoolTensor (out, in), True = removed, for scores (out, in) at any granularity but "global"."""
+def usual_width(rows: Collection[torch.Tensor]) -> int:
+    """The most frequent input width of matrices (out, in), which counts as the hidden size; 0 where there are none."""
+    return Counter(r.shape[1] for r in rows).most_common(1)[0][0] if rows else 0
+
+
+def removed_rows(scores: torch.Tensor, sparsity: float, granularity: str, hidden: int) -> torch.Tensor:
+    """BoolTensor (out, in), True = removed, for scores (out, in) at any granularity but "global"; `hidden` as from `usual_width`."""
     out, columns = scores.shape
     if granularity == "matrix":
         return lowest(scores.reshape(1, -1), round(sparsity * scores.numel())).view(out, columns)
@@ -100,7 +105,7 @@ def _removed(scores: torch.Tensor, sparsity: float, granularity: str, hidden: in
         return lowest(scores, round(sparsity * columns))
     if granularity == "block":
         parts = scores.split(_column_groups(columns, hidden), dim=1)
-        return torch.cat([_removed(part, sparsity, "matrix", hidden) for part in parts], dim=1)
+        return torch.cat([removed_rows(part, sparsity, "matrix", hidden) for part in parts], dim=1)
     _, m = parse_granularity(granularity)
     whole = columns // m * m
     groups = lowest(scores[:, :whole].reshape(-1, m), round(sparsity * m)).view(out, whole)
@@ -185,8 +190,8 @@ def make_masks(scores: Mapping[str, torch.Tensor], sparsity: float | None = None
     if granularity == "global":
         removed = _global_removed(rows, sparsity)
     else:
-        hidden = Counter(r.shape[1] for r in rows.values()).most_common(1)[0][0] if rows else 0
-        removed = {n: _removed(r, sparsity, granularity, hidden) for n, r in rows.items()}
+        hidden = usual_width(rows.values())
+        removed = {n: removed_rows(r, sparsity, granularity, hidden) for n, r in rows.items()}
     return {n: as_rows(~r, n in transposed).contiguous() for n, r in removed.items()}
 
 

@@ -1,11 +1,12 @@
 """A run from beginning to end, in the order of the paper's method section. The one file to read first."""
 
+import functools
 import hashlib
 import json
 import math
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from dpruner.general import general_importance
 from dpruner.masks import Scores, jaccard, jaccard_floor, make_masks, pruned, ranked, sparsity_of
 from dpruner.loading import load_model
 from dpruner.model import count_weights, fingerprint, heads_of, require_length, skipped_weights, transposed_names
+from dpruner.partial import Partial
 from dpruner.stats import in_parts, matrix_stats
 from dpruner.status import Status
 from dpruner.store import Run
@@ -85,41 +87,85 @@ def prepare(config: RunConfig) -> Prepared:
     return Prepared(model, tokenizer, Texts(config, tokenizer), prunable_sparsity(config, model), fingerprint(model))
 
 
-def execute(run: Run, config: RunConfig, prepared: Prepared, cache: Path, status: Status) -> None:
-    """The method, from general importance to the tables of a run."""
-    model, tokenizer, texts, sparsity, _ = prepared
-    status.plan = planned_work(config, texts)
-    store.write_json(run.folder / "run.json", record(config, prepared))
+class Job(NamedTuple):
+    """A run at work."""
 
-    G = cached_general_importance(config, prepared, cache, status)
-    general_fisher = cached_general_fisher(config, prepared, cache, status)
+    run: Run
+    config: RunConfig
+    prepared: Prepared
+    status: Status
+    partial: Partial
+
+    def watched(self, stage: str) -> dict:
+        """What every long function is given: where to tell its progress, and where to keep what it has so far."""
+        return {"progress": self.status.step, "checkpoint": self.partial.checkpoint(stage)}
+
+
+def execute(run: Run, config: RunConfig, prepared: Prepared, cache: Path, status: Status) -> None:
+    """The method, from general importance to the tables of a run; what an earlier process has finished of it is taken as it is."""
+    status.plan = planned_work(config, prepared.texts)
+    store.write_json(run.folder / "run.json", continued(run, record(config, prepared)))
+    job = Job(run, config, prepared, status, Partial(run.folder, status.skip))
+
+    G = cached_general_importance(job, cache)
+    general_fisher = cached_general_fisher(job, cache)
     status.about = DENSE
-    dense = perplexities(config, model, tokenizer, texts, texts.heldout, status)
-    metrics = [perplexity_rows(DENSE, label, {text: dense[text] for text in texts.judged(label)}) for label in texts.labels]
-    stats = []
-    for label in texts.labels:
-        status.about = label
-        S = score_domain(config, model, texts.domains[label], G, status)
-        for method in config.methods:
-            status.about = f"{method} for {label}"
-            scores = score(method, config, model, texts, label, S, status)
-            kept = prune(method, config, model, texts, label, scores, sparsity, general_fisher, status)
-            save(run, method, label, scores, kept)
-            stats.append(matrix_stats(model, kept.masks, scores).assign(method=method, domain=label))
-            with pruned(model, kept.masks, kept.weights):
-                found = perplexities(config, model, tokenizer, texts, texts.judged(label), status)
-            metrics += [perplexity_rows(method, label, found), described(model, method, label, kept.masks)]
-        if "dpruner" in config.methods:
-            save_ranks(run, "domain", label, S.domain)    # the two sides that the dual score weighs, for whoever wants to see them
-            save_ranks(run, "general", label, S.general)
-            metrics.append(lambda_changes(config, label, S, sparsity))
-        del S, scores
-        if wants_halves(config):
-            status.about = f"two halves of {label}"
-            metrics.append(score_halves(run, config, prepared, label, G, sparsity, status))
-    metrics.append(similarities(run, config, texts.labels))
+    metrics, stats = [job.partial.table(DENSE, lambda: dense_perplexities(job))], []
+    for label in prepared.texts.labels:
+        for piece, compute in pieces(job, label, G, general_fisher):
+            metrics.append(job.partial.table(piece, compute))
+        stats += [job.partial.get(f"stats of {method}@{label}") for method in config.methods]
+    metrics.append(similarities(run, config, prepared.texts.labels))
     store.write_table(run.folder / "stats.parquet", in_parts(pd.concat(stats, ignore_index=True)))
     store.write_table(run.folder / "metrics.parquet", pd.concat([m for m in metrics if len(m)], ignore_index=True))
+    job.partial.clear()
+
+
+def pieces(job: Job, label: str, G: Scores, general_fisher: Scores | None) -> Iterator[tuple[str, Callable[[], pd.DataFrame]]]:
+    """What is done for one domain, a piece at a time: (its name, what computes its part of metrics.parquet)."""
+    @functools.cache   # made when the first piece asks for it, and not at all where none is left to do
+    def S() -> DomainImportance:
+        job.status.about = label
+        return score_domain(job, label, job.prepared.texts.domains[label], G)
+
+    if "dpruner" in job.config.methods:
+        yield f"sides@{label}", lambda: both_sides(job, label, S())
+    for method in job.config.methods:
+        yield f"{method}@{label}", functools.partial(pruned_and_judged, job, method, label, S, general_fisher)
+    S.cache_clear()
+    if wants_halves(job.config):
+        yield f"halves@{label}", lambda: score_halves(job, label, G)
+
+
+def pruned_and_judged(job: Job, method: str, label: str, S: Callable[[], DomainImportance], general_fisher: Scores | None) -> pd.DataFrame:
+    """One method for one domain: its mask into the run folder, its counts put aside, its perplexities returned."""
+    job.status.about = f"{method} for {label}"
+    model, counts = job.prepared.model, f"stats of {method}@{label}"
+    if job.partial.has(counts):   # they are put aside last
+        kept = Compensated(job.run.masks(method, label), job.run.weights(method, label))
+    else:
+        scores = score(job, method, label, S)
+        kept = prune(job, method, label, scores, general_fisher)
+        save(job.run, method, label, scores, kept)
+        job.partial.put(counts, matrix_stats(model, kept.masks, scores).assign(method=method, domain=label))
+        del scores
+    with pruned(model, kept.masks, kept.weights):
+        found = perplexities(job, job.prepared.texts.judged(label), f"{method} for {label}")
+    return pd.concat([perplexity_rows(method, label, found), described(model, method, label, kept.masks)], ignore_index=True)
+
+
+def continued(run: Run, now: dict) -> dict:
+    """run.json of a run that begins, or of one that goes on, which has to be the same run still.
+
+    Raises:
+        InputError: the model, the text or the machine is not what it was when the run began.
+    """
+    before = run.record if (run.folder / "run.json").is_file() else {}
+    for what in ("config", "versions", "device", "model", "calibration") if "calibration" in before else ():
+        if before[what] != json.loads(json.dumps(now[what])):
+            raise InputError(f"The run {run.id} cannot go on", f"its {what} is not what it was when it began, so the result would be neither the one nor "
+                             "the other", "start a new run with the same settings")
+    return {**now, "created": before.get("created", now["created"])}
 
 
 class Texts:
@@ -185,13 +231,15 @@ def record(config: RunConfig, prepared: Prepared) -> dict:
     }
 
 
-def cached(folder: Path, kind: str, key: Mapping, compute) -> Scores:
+def cached(folder: Path, kind: str, key: Mapping, compute, status: Status) -> Scores:
     """Scores from the cache, or computed and put there. A damaged file is computed anew."""
     identity = json.dumps(key, sort_keys=True)
     path = folder / kind / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.safetensors"
     if path.is_file():
         try:
-            return store.read_scores(path)
+            found = store.read_scores(path)
+            status.skip(kind)
+            return found
         except InputError:
             path.unlink(missing_ok=True)
     scores = compute()
@@ -199,19 +247,20 @@ def cached(folder: Path, kind: str, key: Mapping, compute) -> Scores:
     return scores
 
 
-def cached_general_importance(config: RunConfig, prepared: Prepared, cache: Path, status: Status) -> Scores:
+def cached_general_importance(job: Job, cache: Path) -> Scores:
     """G for the run, shared with every other run of the same model, calibration and settings."""
+    config, prepared = job.config, job.prepared
     key = {**_cache_key(prepared), "mode": config.general_mode, "sparsity": config.general_sparsity}
     return cached(cache, "general", key, lambda: general_importance(
-        prepared.model, prepared.texts.general, config.general_sparsity, config.general_mode, progress=status.step))
+        prepared.model, prepared.texts.general, config.general_sparsity, config.general_mode, **job.watched("general importance")), job.status)
 
 
-def cached_general_fisher(config: RunConfig, prepared: Prepared, cache: Path, status: Status) -> Scores | None:
+def cached_general_fisher(job: Job, cache: Path) -> Scores | None:
     """The open domain's Fisher where the dual walk regards both sides, shared like G; None where it is not asked for."""
-    if config.compensate != "walk" or config.fisher != "both" or "dpruner" not in config.methods:
+    if job.config.compensate != "walk" or job.config.fisher != "both" or "dpruner" not in job.config.methods:
         return None
-    return cached(cache, "fisher", _cache_key(prepared), lambda: fisher_diagonal(
-        prepared.model, prepared.texts.general, stage="general fisher", progress=status.step))
+    return cached(cache, "fisher", _cache_key(job.prepared), lambda: fisher_diagonal(
+        job.prepared.model, job.prepared.texts.general, stage="general fisher", **job.watched("general fisher")), job.status)
 
 
 def _cache_key(prepared: Prepared) -> dict:
@@ -220,45 +269,56 @@ def _cache_key(prepared: Prepared) -> dict:
             "device": prepared.model.device.type, "torch": version("torch")}
 
 
-def score_domain(config: RunConfig, model, batches, G: Scores, status: Status) -> DomainImportance:
-    """The domain pass of one domain."""
+def score_domain(job: Job, label: str, batches: list[torch.Tensor], G: Scores) -> DomainImportance:
+    """The domain pass over a domain's batches, or half of them."""
+    config = job.config
     tune = FineTune(epochs=config.epochs) if config.finetune else None
-    return domain_importance(model, batches, G, config.formula, config.lam, means="model" if config.granularity == "global" else "matrix",
-                             finetune=tune, progress=status.step)
+    return domain_importance(job.prepared.model, batches, G, config.formula, config.lam, means="model" if config.granularity == "global" else "matrix",
+                             finetune=tune, **job.watched(f"domain importance of {label}"))
 
 
-def score(method: str, config: RunConfig, model, texts: Texts, label: str, S: DomainImportance, status: Status) -> Scores | None:
-    """The scores a method ranks weights by; None where they exist only inside a walk."""
+def score(job: Job, method: str, label: str, S: Callable[[], DomainImportance]) -> Scores | None:
+    """The scores a method ranks weights by; None where they exist only inside a walk.
+
+    Args:
+        S: gives the domain pass.
+    """
+    config, model = job.config, job.prepared.model
     if method == "dpruner":
-        return None if config.compensate == "walk" else S.dual
+        return None if config.compensate == "walk" else S().dual
     if method in ("domain", "general"):
-        return getattr(S, method)
+        return getattr(S(), method)
     if method == "magnitude":
         return baselines.magnitude(model)
     if method == "random":
         return baselines.random(model, config.seed, label)
     if method == "wanda":
-        batches = sum(texts.sets(label, config.baseline_calibration), [])
-        return baselines.wanda(model, batches, progress=status.step)
+        batches = sum(job.prepared.texts.sets(label, config.baseline_calibration), [])
+        return baselines.wanda(model, batches, job.prepared.sparsity, granularity_of(method, config), **job.watched(f"wanda for {label}"))
     return None
 
 
-def prune(method: str, config: RunConfig, model, texts: Texts, label: str, scores: Scores | None, sparsity: float, general_fisher,
-          status: Status) -> Compensated:
+def prune(job: Job, method: str, label: str, scores: Scores | None, general_fisher: Scores | None) -> Compensated:
     """Mask and weights of a method; the weights are None where the kept ones stay as they are."""
+    config, model, texts, sparsity = job.config, job.prepared.model, job.prepared.texts, job.prepared.sparsity
+    watched = job.watched(f"compensation of {method} for {label}")
     if method == "sparsegpt":
-        return baselines.sparsegpt(model, texts.sets(label, config.baseline_calibration), sparsity, progress=status.step)
+        return baselines.sparsegpt(model, texts.sets(label, config.baseline_calibration), sparsity, **watched)
     sets = texts.sets(label, config.hessian)
     if method == "dpruner" and config.compensate == "walk":
-        fisher = fisher_diagonal(model, texts.domains[label], stage="domain fisher", progress=status.step)
+        fisher = fisher_diagonal(model, texts.domains[label], stage="domain fisher", **job.watched(f"fisher of {label}"))
         fisher = mixed_fisher([fisher, general_fisher]) if general_fisher is not None else fisher
-        return compensate_walk(model, sets, fisher, sparsity, 1.0 if config.lam is None else config.lam, progress=status.step)
-    # Wanda compares the weights of one output with each other; its scores mean little across outputs
-    granularity = "row" if method == "wanda" and config.granularity == "matrix" else config.granularity
+        return compensate_walk(model, sets, fisher, sparsity, 1.0 if config.lam is None else config.lam, **watched)
+    granularity = granularity_of(method, config)
     masks = make_masks(scores, None if ":" in granularity else sparsity, granularity)
     if config.compensate == "after":
-        return compensate_after(model, sets, masks, progress=status.step)
+        return compensate_after(model, sets, masks, **watched)
     return Compensated(masks, None)
+
+
+def granularity_of(method: str, config: RunConfig) -> str:
+    """Where one threshold holds. Wanda compares the weights of one output with each other; its scores mean little across outputs."""
+    return "row" if method == "wanda" and config.granularity == "matrix" else config.granularity
 
 
 def save(run: Run, method: str, label: str, scores: Scores | None, kept: Compensated) -> None:
@@ -272,7 +332,7 @@ def save(run: Run, method: str, label: str, scores: Scores | None, kept: Compens
 
 def save_ranks(run: Run, method: str, label: str, scores: Scores) -> None:
     """The rank of every weight in its matrix, and the scores at the edges of the 256 bins."""
-    if run.path("ranks", method, label).is_file():
+    if run.path("edges", method, label).is_file():   # the last of the two to be written
         return
     found = {n: ranked(s, n in scores.transposed) for n, s in scores.items()}
     store.write_tensors(run.path("ranks", method, label), {n: bins for n, (bins, _) in found.items()})
@@ -284,26 +344,27 @@ def wants_halves(config: RunConfig) -> bool:
     return config.halves and config.nsamples > 1 and config.compensate != "walk" and bool(set(HALVED) & set(config.methods))
 
 
-def score_halves(run: Run, config: RunConfig, prepared: Prepared, label: str, G: Scores, sparsity: float, status: Status) -> pd.DataFrame:
+def score_halves(job: Job, label: str, G: Scores) -> pd.DataFrame:
     """Masks from two halves of the same domain's calibration: what they share is the most that two domains could.
 
     Saved beside the others under the labels "<domain>~1" and "<domain>~2".
     """
-    batches, found = prepared.texts.domains[label], []
+    job.status.about = f"two halves of {label}"
+    run, config, batches, found = job.run, job.config, job.prepared.texts.domains[label], []
     # neighbours overlap where the text is short, so the halves are the first and the last windows, not every other one
     middle = len(batches) // 2
     methods = [m for m in HALVED if m in config.methods]
     for number, half in enumerate((batches[:middle], batches[middle:]), 1):
-        S = score_domain(config, prepared.model, half, G, status)
+        S = score_domain(job, f"{label}~{number}", half, G)
         for method in methods:
             scores = S.dual if method == "dpruner" else S.domain
             save_ranks(run, method, f"{label}~{number}", scores)
             store.write_masks(run.path("masks", method, f"{label}~{number}"),
-                              make_masks(scores, None if ":" in config.granularity else sparsity, config.granularity))
+                              make_masks(scores, None if ":" in config.granularity else job.prepared.sparsity, config.granularity))
         del S, scores   # two sets of scores at once would be the most a run ever holds
     for method in methods:
         masks = [store.LazyMasks(run.path("masks", method, f"{label}~{number}")) for number in (1, 2)]
-        found.append(exact(method, label, label, "jaccard ceiling", jaccard(*masks), count_weights(prepared.model)[0]))
+        found.append(exact(method, label, label, "jaccard ceiling", jaccard(*masks), count_weights(job.prepared.model)[0]))
     return rows(*found)
 
 
@@ -321,10 +382,22 @@ def exact(method, domain, text, metric, value, n) -> tuple:
     return method, domain, text, metric, value, None, None, n
 
 
-def perplexities(config: RunConfig, model, tokenizer, texts: Texts, names: Iterable[str], status: Status) -> dict[str, Estimate]:
-    """Perplexity of the model as it is on held-out texts, by name."""
+def perplexities(job: Job, names: Iterable[str], of: str) -> dict[str, Estimate]:
+    """Perplexity of the model as it is on held-out texts, by name.
+
+    Args:
+        of: what the model is now.
+    """
+    config, (model, tokenizer, texts, *_) = job.config, job.prepared
     return {name: perplexity(model, tokenizer, texts.heldout[name], config.eval_seqlen, seed=config.seed, stage="evaluation",
-                             progress=status.step) for name in names}
+                             **job.watched(f"perplexity of {of} on {name}")) for name in names}
+
+
+def dense_perplexities(job: Job) -> pd.DataFrame:
+    """What the model is worth before anything is removed."""
+    texts = job.prepared.texts
+    found = perplexities(job, texts.heldout, DENSE)
+    return pd.concat([perplexity_rows(DENSE, label, {text: found[text] for text in texts.judged(label)}) for label in texts.labels], ignore_index=True)
 
 
 def perplexity_rows(method: str, label: str, found: Mapping[str, Estimate]) -> pd.DataFrame:
@@ -340,10 +413,12 @@ def described(model, method: str, label: str, masks) -> pd.DataFrame:
                 exact(method, label, "", "sparsity of the whole model", share * prunable / total, total))
 
 
-def lambda_changes(config: RunConfig, label: str, S: DomainImportance, sparsity: float) -> pd.DataFrame:
-    """How many weights the general term moves in or out of the mask: its decisions against those of λ = 0."""
-    asked = None if ":" in config.granularity else sparsity
-    with_g, without = (make_masks(s, asked, config.granularity) for s in (S.dual, S.domain))
+def both_sides(job: Job, label: str, S: DomainImportance) -> pd.DataFrame:
+    """The ranks of the two sides that the dual score weighs, for whoever wants to see them, and how many decisions the general side changes."""
+    save_ranks(job.run, "domain", label, S.domain)
+    save_ranks(job.run, "general", label, S.general)
+    asked = None if ":" in job.config.granularity else job.prepared.sparsity
+    with_g, without = (make_masks(s, asked, job.config.granularity) for s in (S.dual, S.domain))   # the decisions of λ = 0
     changed = sum(int((with_g[n] ^ without[n]).sum()) for n in with_g)
     return rows(exact("dpruner", label, "", "decisions changed by λ", changed, sum(m.numel() for m in with_g.values())))
 
@@ -361,30 +436,39 @@ def similarities(run: Run, config: RunConfig, labels: list[str]) -> pd.DataFrame
     return rows(*found)
 
 
-def planned_work(config: RunConfig, texts: Texts) -> list[tuple[str, float]]:
-    """Stages in the order they come, each with its cost in token passes through the model, for the share done and the time left."""
+class Planned(NamedTuple):
+    """One stage of a run: its cost in token passes through the model, and the piece of the run it belongs to."""
+
+    stage: str
+    cost: float
+    piece: str
+
+
+def planned_work(config: RunConfig, texts: Texts) -> list[Planned]:
+    """Stages in the order they come, for the share done and the time left."""
     tokens = config.nsamples * config.seqlen
-    walk = 3 * tokens
+    walk, gradients = 3 * tokens, 3 * tokens
     # overlapping windows pass two or three tokens for each new one, and a token is about four characters
     held = {label: sum(len(t) for t in documents) / 2 for label, documents in texts.heldout.items()}
-    evaluation = {label: [("evaluation", held[name]) for name in texts.judged(label)] for label in texts.labels}
-    passes = 6 if config.finetune else 3
-    plan = [("general importance", walk)]
+    domain_pass = 2 * gradients * config.epochs if config.finetune else gradients
+    plan = [Planned("general importance", walk, "general")]
     if config.compensate == "walk" and config.fisher == "both":
-        plan.append(("general fisher", 3 * tokens))
-    plan += [("evaluation", cost) for cost in held.values()]
+        plan.append(Planned("general fisher", gradients, "fisher"))
+    plan += [Planned("evaluation", cost, DENSE) for cost in held.values()]
     for label in texts.labels:
-        plan.append(("domain importance", passes * tokens * (config.epochs if config.finetune else 1)))
+        plan.append(Planned("domain importance", domain_pass, f"sides@{label}"))
         for method in config.methods:
+            stages = []
             if method == "wanda":
-                plan.append(("wanda", walk / 2))
+                stages.append(("wanda", walk))
             if method == "sparsegpt":
-                plan.append(("sparsegpt", walk))
+                stages.append(("sparsegpt", walk))
             elif config.compensate == "walk" and method == "dpruner":
-                plan += [("domain fisher", 3 * tokens), ("compensation", 2 * walk)]
+                stages += [("domain fisher", gradients), ("compensation", 2 * walk)]
             elif config.compensate == "after":
-                plan.append(("compensation", 2 * walk))
-            plan += evaluation[label]
+                stages.append(("compensation", 2 * walk))
+            stages += [("evaluation", held[name]) for name in texts.judged(label)]
+            plan += [Planned(*stage, f"{method}@{label}") for stage in stages]
         if wants_halves(config):
-            plan += 2 * [("domain importance", passes * tokens / 2 * (config.epochs if config.finetune else 1))]
+            plan += 2 * [Planned("domain importance", domain_pass / 2, f"halves@{label}")]
     return plan

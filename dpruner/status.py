@@ -30,7 +30,8 @@ class Status:
         watch: called with this object after every step.
 
     Attributes:
-        plan: [(stage, cost)] in the order the stages come; costs in any unit, for the share done and the time left.
+        plan: [(stage, cost, piece)] in the order the stages come; costs in any unit, for the share done and the time left; a piece is what
+            `skip` passes over together.
         about: what the current stage works on, for people to read.
         stage, done, total: the current stage and how many of its steps are done.
     """
@@ -38,6 +39,7 @@ class Status:
     def __init__(self, folder: Path, watch: Callable[["Status"], None] | None = None):
         self.path, self.plan, self.watch = folder / "status.json", [], watch
         self.at, self.began, self.written = -1, time.time(), 0.0
+        self.given = 0.0   # share of the work that an earlier process has done
         self.about = ""
         self.stage, self.done, self.total = "loading model and text", 0, 1
 
@@ -78,19 +80,33 @@ class Status:
         return None
 
     def step(self, stage: str, done: int, total: int) -> None:
-        """Some steps of a stage are done; with `done` = 0 it begins, and the plan moves on to its next stage of that name."""
-        if done == 0:
+        """Some steps of a stage are done. After `done` = 0 and after the last step the plan moves on to its next stage of that name.
+
+        A stage that does not begin at 0 goes on from where an earlier process left it.
+        """
+        begins = done == 0 or self.done >= self.total
+        if begins:
+            before = self.share
             self.at = next((i for i in range(self.at + 1, len(self.plan)) if self.plan[i][0] == stage), self.at)
         self.stage, self.done, self.total = stage, done, total
+        if begins and done:
+            self.given += self.share - before
         if self.watch:
             self.watch(self)
         if time.time() - self.written >= EVERY:
             self._write("running")
 
+    def skip(self, piece: str) -> None:
+        """All stages of a piece, and those before it, were done by an earlier process."""
+        before = self.share
+        self.at = max((i for i, planned in enumerate(self.plan) if planned[2] == piece), default=self.at)
+        self.stage, self.done, self.total = self.plan[self.at][0] if self.at >= 0 else self.stage, 1, 1
+        self.given += max(0.0, self.share - before)
+
     @property
     def share(self) -> float:
         """Share of the planned work that is done, 0..1."""
-        cost = [c for _, c in self.plan]
+        cost = [c for _, c, _ in self.plan]
         if self.at < 0 or not sum(cost):
             return 0.0
         return (sum(cost[:self.at]) + cost[self.at] * self.done / max(self.total, 1)) / sum(cost)
@@ -98,7 +114,8 @@ class Status:
     @property
     def eta(self) -> float | None:
         """Seconds left at the pace so far; None before there is a pace."""
-        return (time.time() - self.began) * (1 - self.share) / self.share if self.share else None
+        worked = self.share - self.given
+        return (time.time() - self.began) * (1 - self.share) / worked if worked > 0 else None
 
     def _write(self, state: str, error: dict | None = None) -> None:
         over = state == "done"

@@ -1,7 +1,7 @@
 """Run a decoder block by block: catch what enters each block, and what enters each linear."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -9,6 +9,7 @@ from torch import nn
 from dpruner.hessian import Hessian
 from dpruner.masks import as_rows, precise
 from dpruner.model import decoder_blocks, linears_of, require_batches, stored_transposed
+from dpruner.partial import NOTHING, Checkpoint
 
 
 def first(output):
@@ -165,8 +166,8 @@ def _original_weights(linears: dict[str, nn.Module]):
 
 
 @torch.no_grad()
-def walk(model: nn.Module, calibrations: list[list[torch.Tensor]], visit: Callable, *, update: bool = True,
-         stage: str = "walk", progress: Progress = quiet) -> None:
+def walk(model: nn.Module, calibrations: list[list[torch.Tensor]], visit: Callable,
+         results: Mapping[str, Mapping[str, torch.Tensor]] | None = None, *, update: bool = True, stage: str = "walk", progress: Progress = quiet, checkpoint: Checkpoint = NOTHING) -> None:
     """Go through the decoder block by block with the Hessian of every linear, as SparseGPT does (METHOD section 2).
 
     In a block the Hessians of all linears are taken with the block's own weights, on inputs that the blocks before it produced after their
@@ -176,8 +177,10 @@ def walk(model: nn.Module, calibrations: list[list[torch.Tensor]], visit: Callab
         calibrations: one or more sets of calibration batches, each a list of LongTensors (b, seqlen); their Hessians stay apart.
         visit: `visit(rows, hessians)` with rows = {name: float32 weight (out, in), a copy} and hessians = one Hessian per set;
             returns the new rows by name where `update` is set.
+        results: {what: {name: Tensor}} that `visit` fills in place, block by block.
         update: let the updated block produce the inputs of the next one; otherwise every block sees what the dense model would give it.
         stage, progress: what is reported after every block.
+        checkpoint: where results and the inputs of the next block are kept after a block, and from which an earlier walk is continued.
 
     Raises:
         InputError: a calibration set is empty or too long for the model.
@@ -191,9 +194,16 @@ def walk(model: nn.Module, calibrations: list[list[torch.Tensor]], visit: Callab
         batches = stack(batches)
         recorder = block_calls(model, blocks, batches)
         sets.append((recorder.hidden, recorder.calls))
+    results = results or {}
+    start, saved = checkpoint.load()
+    _restore(saved, results, sets)
     for index, block in enumerate(blocks):
-        progress(stage, index, len(blocks))
         linears = linears_of(model, block)
+        if index < start:
+            for _, calls in sets:
+                calls[index] = None
+            continue
+        progress(stage, index, len(blocks))
         # without an update the pass that collects the inputs is the pass that makes the next block's
         hessians = [_collect(block, linears, hidden, calls[index], keep_output=not update) for hidden, calls in sets]
         with _original_weights(linears) if update else contextlib.nullcontext():
@@ -208,7 +218,24 @@ def walk(model: nn.Module, calibrations: list[list[torch.Tensor]], visit: Callab
                         hidden[j] = run_block(block, x, calls[index][j])
         for _, calls in sets:
             calls[index] = None
+        checkpoint.offer(index + 1, lambda: {_HIDDEN.format(k, j): x for k, (hidden, _) in enumerate(sets) for j, x in enumerate(hidden)},
+                         {f"{what} {n}": found[n] for what, found in results.items() for n in linears})
     progress(stage, len(blocks), len(blocks))
+
+
+_HIDDEN = "hidden {} {}"   # set, batch
+
+
+def _restore(saved: Mapping[str, torch.Tensor], results, sets) -> None:
+    """Put what a checkpoint holds into results and hidden states."""
+    for what, found in results.items():
+        for name, tensor in found.items():
+            if f"{what} {name}" in saved:
+                tensor.copy_(saved[f"{what} {name}"])
+    for k, (hidden, _) in enumerate(sets):
+        for j, x in enumerate(hidden):
+            if _HIDDEN.format(k, j) in saved:
+                hidden[j] = saved[_HIDDEN.format(k, j)].to(x.device)
 
 
 def _collect(block, linears, hidden, calls, keep_output) -> dict[tuple[str, ...], Hessian]:

@@ -599,7 +599,7 @@ def test_progress_never_goes_down_and_ends_at_one(small):
 
 def test_status_knows_where_it_is_in_its_plan(tmp_path):
     with Status(tmp_path) as status:
-        status.plan = [("walk", 3.0), ("evaluation", 1.0), ("walk", 3.0), ("evaluation", 3.0)]
+        status.plan = [("walk", 3.0, "a"), ("evaluation", 1.0, "a"), ("walk", 3.0, "b"), ("evaluation", 3.0, "b")]
         assert (status.share, status.eta) == (0.0, None)
         told = []
         for stage in ("walk", "evaluation", "walk", "evaluation"):
@@ -613,7 +613,7 @@ def test_status_knows_where_it_is_in_its_plan(tmp_path):
 
 def test_a_stage_that_is_left_out_counts_as_done(tmp_path):
     with Status(tmp_path) as status:
-        status.plan = [("general importance", 6.0), ("domain importance", 4.0)]
+        status.plan = [("general importance", 6.0, "general"), ("domain importance", 4.0, "sides")]
         status.step("domain importance", 0, 4)   # the first was in the cache
         assert status.share == 0.6
 
@@ -624,7 +624,7 @@ def test_status_is_written_at_the_beginning_now_and_then_and_at_the_end(tmp_path
     clock = iter(np.arange(0, 100, 0.1).tolist())
     monkeypatch.setattr("dpruner.status.time.time", lambda: next(clock))
     with Status(tmp_path) as status:
-        status.plan = [("walk", 1.0)]
+        status.plan = [("walk", 1.0, "a")]
         for done in range(20):
             status.step("walk", done, 20)
     assert [w["state"] for w in written] == ["running"] * (len(written) - 1) + ["done"] and 3 < len(written) < 15

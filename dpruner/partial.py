@@ -1,0 +1,123 @@
+"""What an unfinished run has so far, on disk: a run that was killed at any moment goes on from there, with the same bits."""
+
+import contextlib
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from dpruner import store
+from dpruner.errors import InputError
+
+SHARE = 0.05   # of a stage's time that may go into saving its state
+
+
+class Checkpoint:
+    """The state of one stage: tensors that every save replaces, and tensors that are final once they are there.
+
+    Saves are as far apart as makes them cost no more than SHARE of the time, so that a small model is saved often and a large one seldom.
+    What cannot be written, because the disk is full, is not saved: the stage itself goes on.
+
+    Args:
+        folder: of this stage alone, made at the first save; None saves nothing.
+    """
+
+    STATE = "state"
+
+    def __init__(self, folder: Path | None = None):
+        self.folder, self.last, self.cost = folder, time.monotonic(), 0.0
+        self.pending: dict[str, torch.Tensor] = {}
+
+    def load(self) -> tuple[int, dict[str, torch.Tensor]]:
+        """(steps done, all saved tensors); (0, {}) where nothing was saved or a file is damaged."""
+        if self.folder is None or not (path := self._path(self.STATE)).is_file():
+            return 0, {}
+        try:
+            with store.opened(path) as file:
+                step = int((file.metadata() or {})["step"])
+            # final tensors saved after the state, by a save that was cut short, will be made again
+            parts = [p for p in sorted(self.folder.glob("final-*.safetensors")) if int(p.stem.split("-")[1]) <= step]
+            return step, {n: t for p in (*parts, path) for n, t in store.read_tensors(p).items()}
+        except (InputError, KeyError, ValueError):
+            self.clear()
+            return 0, {}
+
+    def offer(self, step: int, state: Callable[[], Mapping[str, torch.Tensor]], final: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Save, if it is time to.
+
+        Args:
+            step: how many steps are done.
+            state: gives what the next step starts from.
+            final: what this step has made and no later one changes.
+        """
+        if self.folder is None:
+            return
+        self.pending |= final or {}
+        if time.monotonic() - self.last < self.cost / SHARE:
+            return
+        began = time.monotonic()
+        with contextlib.suppress(OSError, InputError):
+            if self.pending:
+                store.write_tensors(self._path(f"final-{step:08d}"), {n: t.contiguous() for n, t in self.pending.items()})
+                self.pending = {}
+            store.write_tensors(self._path(self.STATE), {n: t.contiguous() for n, t in state().items()}, {"step": str(step)})
+        self.last = time.monotonic()
+        self.cost = self.last - began
+
+    def clear(self) -> None:
+        """The stage's result is safe elsewhere."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+
+NOTHING = Checkpoint()   # for whoever does not want to go on later
+
+
+class Partial:
+    """The folder `partial/` of a run: a table for every finished piece, checkpoints of what is not finished; gone when the run is done.
+
+    Args:
+        folder: of the run.
+        skipped: called with the name of every piece that was finished before.
+    """
+
+    def __init__(self, folder: Path, skipped: Callable[[str], None] = lambda piece: None):
+        self.folder, self.skipped = folder / "partial", skipped
+
+    def table(self, piece: str, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+        """The table of a piece of the run: as it was found before, or computed and kept."""
+        path = self.folder / f"{piece}.parquet"
+        if path.is_file():
+            with contextlib.suppress(InputError):   # damaged: computed again
+                found = store.read_table(path)
+                self.skipped(piece)
+                return found
+        found = compute()
+        store.write_table(path, found)
+        return found
+
+    def put(self, name: str, table: pd.DataFrame) -> None:
+        """Keep a table that a piece makes besides its own, before that piece is finished."""
+        store.write_table(self.folder / f"{name}.parquet", table)
+
+    def has(self, name: str) -> bool:
+        """Whether a table was put."""
+        return (self.folder / f"{name}.parquet").is_file()
+
+    def get(self, name: str) -> pd.DataFrame:
+        """A table that was put."""
+        return store.read_table(self.folder / f"{name}.parquet")
+
+    def checkpoint(self, stage: str) -> Checkpoint:
+        """Of a stage that belongs to no other piece."""
+        return Checkpoint(self.folder / stage)
+
+    def clear(self) -> None:
+        """The run is done."""
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,69 @@
+"""The models of a finished run: the original as it was pruned, and each pruned variant of it."""
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+
+from dpruner.config import RunConfig
+from dpruner.errors import InputError
+from dpruner.loading import load_model
+from dpruner.masks import pruned
+from dpruner.model import fingerprint
+from dpruner.store import Run
+
+DENSE = "dense"   # the method's name where nothing is pruned
+
+
+def load_original(run: Run, device: str | None = None):
+    """The model a run pruned, dense, in the precision it had there.
+
+    Args:
+        device: as `load_model` takes it; default the run's own.
+
+    Returns:
+        (model in eval mode, tokenizer).
+
+    Raises:
+        InputError: it cannot be loaded, or its weights have changed since the run.
+    """
+    record = run.record
+    config = RunConfig.from_dict(record["config"])
+    if "model" not in record:
+        raise InputError(f"The run {run.id} holds no model yet", "it has not begun", "wait until it has, or choose another run")
+    model, tokenizer = load_model(config.model, revision=record["model"]["commit"] or config.revision, device=device or config.device,
+                                  dtype=record["device"]["precision"])
+    if fingerprint(model) != record["model"]["fingerprint"]:
+        raise InputError(f"The model {config.model!r} is not the one that was pruned", "its weights have changed since the run",
+                         "restore the model, or run again")
+    return model, tokenizer
+
+
+def require_variant(run: Run, method: str, domain: str) -> None:
+    """Refuse what the run has not pruned.
+
+    Raises:
+        InputError: names what it holds.
+    """
+    if (method, domain) not in run.pairs():
+        raise InputError(f"The run {run.id} holds no mask of {method} for {domain}", f"it holds {', '.join(f'{m}@{d}' for m, d in run.pairs()) or 'none'}",
+                         "choose one of these")
+
+
+@contextlib.contextmanager
+def variant(model: nn.Module, run: Run, method: str, domain: str) -> Iterator[nn.Module]:
+    """The original with a method's mask and, where it moved the kept weights, its weights; dense again on exit, whatever happens inside.
+
+    Args:
+        model: of `load_original`.
+        method: of the run, or "dense" for the model as it is, whatever the domain.
+
+    Raises:
+        InputError: the run holds no such mask.
+    """
+    if method == DENSE:
+        yield model
+        return
+    require_variant(run, method, domain)
+    with pruned(model, run.masks(method, domain), run.weights(method, domain)):
+        yield model

@@ -1,0 +1,126 @@
+"""A run that is killed at any moment goes on where it was, and ends with the same bits."""
+
+import multiprocessing
+import random
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL
+
+from dpruner import InputError, RunConfig, partial, pipeline, store
+from dpruner.partial import Checkpoint
+from dpruner.store import Run
+
+METHODS = ("dpruner", "magnitude", "wanda")
+RUNS = {   # between them they pass through every stage there is
+    "after": {"methods": METHODS, "compensate": "after"},
+    "walk": {"methods": ("dpruner", "sparsegpt"), "compensate": "walk"},
+    "finetune": {"methods": ("dpruner", "domain", "general"), "formula": "taylor", "finetune": True, "epochs": 2},
+}
+KILLS = 7   # of each, 21 in all
+
+
+def work(folder: Path, cache: Path, config: dict) -> None:
+    """What a process does that is about to be killed: everything is saved at every step, so that every kind of file is caught half-way."""
+    torch.set_num_threads(1)
+    partial.SHARE = float("inf")
+    pipeline.run(RunConfig.from_dict(config), folder=folder, cache=cache)
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """A context whose processes start at once: the libraries are loaded in the server they are forked from."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dpruner", "test_resume"])
+    return context
+
+
+def content(run: Run) -> dict[str, bytes]:
+    """Every file of a finished run that must not depend on its history, by its place."""
+    files = {str(p.relative_to(run.folder)): p for p in run.folder.rglob("*") if p.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if name not in ("run.json", "status.json")}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_killed_at_random_moments_it_ends_with_the_same_bits(name, llama, tmp_path, processes):
+    config = RunConfig(model=str(llama), domains=("healthcare", "legal"), **SMALL | {"device": "cpu"} | RUNS[name]).to_dict()
+
+    def started(folder):
+        process = processes.Process(target=work, args=(folder, tmp_path / f"cache of {folder.name}", config))
+        process.start()
+        return process
+
+    whole = store.new_run(tmp_path, "whole")
+    process = started(whole.folder)
+    began = time.monotonic()
+    process.join(60)
+    length = time.monotonic() - began
+    assert process.exitcode == 0 and whole.status["state"] == "done"
+
+    kills, moments = 0, random.Random(name)
+    while kills < KILLS:
+        run = store.new_run(tmp_path, "killed")
+        for _ in range(20):
+            process = started(run.folder)
+            process.join(moments.uniform(0, 0.8 * length))
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+                kills += 1
+            if run.folder.joinpath("status.json").is_file() and run.status["state"] == "done":
+                break
+        else:
+            process = started(run.folder)
+            process.join(60)
+        assert run.status["state"] == "done"
+        assert content(run) == content(whole)
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path):
+    checkpoint = Checkpoint(tmp_path / "stage")
+    assert checkpoint.load() == (0, {})
+    checkpoint.offer(3, lambda: {"x": torch.arange(4)}, {"done": torch.ones(2)})
+    step, saved = checkpoint.load()
+    assert step == 3 and saved["x"].tolist() == [0, 1, 2, 3] and saved["done"].tolist() == [1, 1]
+    for path in (tmp_path / "stage").iterdir():
+        path.write_bytes(path.read_bytes()[:20])
+    assert Checkpoint(tmp_path / "stage").load() == (0, {})
+
+
+def test_saving_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(partial.time, "monotonic", lambda: clock[0])
+    saved = []
+
+    def slow():   # a save that takes a second, of steps that take a tenth
+        clock[0] += 1
+        saved.append(clock[0])
+        return {"x": torch.zeros(1)}
+
+    checkpoint = Checkpoint(tmp_path / "stage")
+    for step in range(1, 1001):
+        clock[0] += 0.1
+        checkpoint.offer(step, slow)
+    assert len(saved) / clock[0] == pytest.approx(partial.SHARE, rel=0.2)
+
+
+def test_what_is_final_is_written_once_and_found_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(partial, "SHARE", float("inf"))
+    checkpoint = Checkpoint(tmp_path / "stage")
+    for step in range(1, 4):
+        checkpoint.offer(step, lambda step=step: {"state": torch.tensor(step)}, {f"block {step}": torch.tensor(step)})
+    assert len(list((tmp_path / "stage").glob("final-*"))) == 3
+    step, saved = Checkpoint(tmp_path / "stage").load()
+    assert step == 3 and {n: int(t) for n, t in saved.items()} == {"block 1": 1, "block 2": 2, "block 3": 3, "state": 3}
+
+
+def test_a_run_of_another_model_does_not_go_on(small, tmp_path, llama):
+    config = small.config
+    run = store.new_run(tmp_path, "run")
+    record = small.run.record
+    store.write_json(run.folder / "run.json", {**record, "model": {**record["model"], "fingerprint": "another"}})
+    with pytest.raises(InputError, match="cannot go on: its model is not what it was"):
+        pipeline.run(config, folder=run.folder, cache=tmp_path / "cache")
+    assert run.status["state"] == "failed"
