@@ -24,19 +24,20 @@ from dpruner.errors import InputError
 from dpruner.evaluate import Estimate, perplexity
 from dpruner.general import general_importance
 from dpruner.masks import Scores, jaccard, jaccard_floor, make_masks, pruned, ranked, sparsity_of
-from dpruner.loading import load_model
+from dpruner.loading import load_model, pick_device
 from dpruner.model import count_weights, fingerprint, heads_of, require_length, skipped_weights, transposed_names
 from dpruner.partial import Partial
 from dpruner.stats import in_parts, matrix_stats
 from dpruner.status import Status
 from dpruner.store import Run
+from dpruner.turns import turn
 
 DENSE = "dense"                  # the method's name in tables where nothing is pruned
 HALVED = ("dpruner", "domain")   # methods whose masks two halves of a calibration set can disagree on
 
 
 def run(config: RunConfig, *, runs: str | Path = "runs", cache: str | Path = "cache", folder: str | Path | None = None,
-        watch: Callable[[Status], None] | None = None) -> Run:
+        watch: Callable[[Status], None] | None = None, waiting: Callable[[int], None] = lambda ahead: None) -> Run:
     """Prune a model for each domain with each method, evaluate, and keep everything in a run folder.
 
     Whatever a user may have got wrong is found before a folder is made.
@@ -45,8 +46,9 @@ def run(config: RunConfig, *, runs: str | Path = "runs", cache: str | Path = "ca
         config: what to do.
         runs: folder that holds the run folders.
         cache: folder of general importances, shared by every run of the same model and calibration.
-        folder: run folder to fill where one has been made already, as for a job that waited in a queue.
+        folder: run folder to fill where one has been made already, as for a job of a queue, or for a run that goes on.
         watch: called with the run's Status after every step.
+        waiting: called with how many runs are ahead, again and again while another one has the device.
 
     Returns:
         The finished run.
@@ -56,13 +58,14 @@ def run(config: RunConfig, *, runs: str | Path = "runs", cache: str | Path = "ca
         KeyboardInterrupt: after status.json says "cancelled".
     """
     config.check()
-    if folder is None:
-        prepared = prepare(config)
-        run = store.new_run(runs, config.title)
-    else:
-        prepared, run = None, Run(folder)
-    with Status(run.folder, watch) as status:
-        execute(run, config, prepared or prepare(config), Path(cache), status)
+    with turn(pick_device(config.device), waiting):
+        if folder is None:
+            prepared = prepare(config)
+            run = store.new_run(runs, config.title)
+        else:
+            prepared, run = None, Run(folder)
+        with Status(run.folder, watch) as status:
+            execute(run, config, prepared or prepare(config), Path(cache), status)
     return run
 
 
@@ -74,6 +77,7 @@ class Prepared(NamedTuple):
     texts: "Texts"
     sparsity: float      # of the prunable weights
     fingerprint: str     # of the model
+
 
 def prepare(config: RunConfig) -> Prepared:
     """Load the model and the text, and refuse what does not fit together.

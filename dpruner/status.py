@@ -2,24 +2,17 @@
 
 import contextlib
 import errno
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
-
 from dpruner.errors import InputError
 from dpruner.store import write_json
+from dpruner.turns import identity
 
 EVERY = 0.25   # seconds between two writes
 FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "your share of the disk is full", errno.EFBIG: "a file may not grow that large here"}
 REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
-
-
-def identity() -> dict:
-    """Who writes a status: process id, and when that process was born, because ids are given out again."""
-    return {"pid": os.getpid(), "pid_born": psutil.Process().create_time()}
 
 
 class Status:

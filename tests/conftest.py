@@ -1,5 +1,7 @@
 """What several test files share: tiny models in folders, and one small finished run."""
 
+import os
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +11,8 @@ from families import tiny, tiny_tokenizer
 
 from dpruner import RunConfig, pipeline, report
 
+# a queue of their own: the tests wait for nobody's runs, and nobody waits for theirs
+os.environ["DPRUNER_QUEUE"] = tempfile.mkdtemp(prefix="dpruner-tests-")
 SMALL = {"nsamples": 4, "seqlen": 16, "eval_documents": 1, "eval_seqlen": 128}
 
 

@@ -8,9 +8,9 @@ import time
 
 import psutil
 import pytest
-from filelock import FileLock
+import torch
 
-from dpruner import InputError, RunConfig, store, worker
+from dpruner import InputError, RunConfig, store, turns, worker
 from dpruner.store import Run
 
 BRIEF = {"domains": ("legal",), "nsamples": 4, "seqlen": 16, "evaluate": False, "halves": False, "general_mode": "static", "device": "cpu"}
@@ -57,19 +57,19 @@ def test_runs_wait_for_the_device_in_their_order_and_a_waiting_one_can_be_cancel
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "model").symlink_to(llama)
     monkeypatch.chdir(tmp_path / "elsewhere")   # paths are meant from here, and the package is found all the same
-    with FileLock(runs / ".cpu.lock"):          # somebody else works on the device
+    with turns.turn(torch.device("cpu"), print):          # somebody else works on the device
         first = worker.submit(RunConfig(model="model", **BRIEF), "../runs", "../cache")
         second = worker.submit(RunConfig(model="model", **BRIEF), "../runs", "../cache")
         third = worker.submit(RunConfig(model="no-such-model", **BRIEF), "../runs", "../cache")
         assert worker.state(third)["state"] == "queued"
         waiting = "waiting for the device"
         wait_for(lambda: all(worker.state(r)["stage"] == waiting for r in (first, second, third)))
-        assert [worker.state(r)["ahead"] for r in (first, second, third)] == [1, 1, 2]
+        assert [worker.state(r)["ahead"] for r in (first, second, third)] == [1, 2, 3]
         assert {worker.state(r)["state"] for r in (first, second, third)} == {"queued"}
         pid = worker.state(second)["pid"]
         worker.cancel(second)
         assert worker.state(second)["state"] == "cancelled" and gone(pid)
-        wait_for(lambda: worker.state(third)["ahead"] == 1, 10)   # the cancelled one is waited for no longer
+        wait_for(lambda: worker.state(third)["ahead"] == 2, 10)   # the cancelled one is waited for no longer
     wait_for(lambda: worker.state(first)["state"] == "done")
     assert first.pairs() == [("dpruner", "legal")]
     assert (tmp_path / "cache" / "general").is_dir() and store.find_runs(runs)[-1].id == first.id
@@ -91,7 +91,8 @@ def test_a_running_run_can_be_cancelled(llama, runs, tmp_path):
     assert (after["state"], after["error"]) == ("cancelled", None) and gone(status["pid"])
     worker.cancel(run)   # once more changes nothing
     assert worker.state(run) == after
-    assert FileLock(runs / ".cpu.lock").acquire(timeout=1)   # the device is free again
+    with turns.turn(torch.device("cpu"), lambda ahead: pytest.fail("the device is not free")):
+        pass
 
 
 def test_a_killed_run_has_failed_and_says_so_from_then_on(llama, runs, tmp_path):
@@ -99,10 +100,10 @@ def test_a_killed_run_has_failed_and_says_so_from_then_on(llama, runs, tmp_path)
     pid = wait_for(lambda: (s := worker.state(run))["state"] == "running" and s["pid"])
     os.kill(pid, signal.SIGKILL)
     status = wait_for(lambda: (s := worker.state(run))["state"] == "failed" and s, 10)
-    assert sentence(status) == ("The run stopped in the middle: its process ended without a word, killed or out of memory; start it again, "
-                                "with less memory in use or a smaller model if it ends so once more.")
+    assert sentence(status) == ("The run stopped in the middle: its process was killed, by the system if memory ran out; resume it: what it has "
+                                "is kept; if it ends so once more, lower its memory.")
     assert run.status["state"] == "failed"   # written down, for readers that do not ask for the process
-    with FileLock(runs / ".cpu.lock", timeout=5):
+    with turns.turn(torch.device("cpu"), lambda ahead: pytest.fail("the device is not free")):
         pass
 
 
@@ -111,7 +112,7 @@ def test_a_process_id_that_was_given_out_again_is_no_sign_of_life(tmp_path):
     alive = written(tmp_path / "alive", state="running", pid=os.getpid(), pid_born=born)
     assert worker.state(alive)["state"] == "running"
     other = written(tmp_path / "other", state="running", pid=os.getpid(), pid_born=born - 1000)
-    assert worker.state(other)["error"] == worker.DIED
+    assert worker.state(other)["error"] == worker.died()
     assert worker.state(alive)["state"] == "running"
 
 
@@ -127,17 +128,32 @@ def test_a_run_that_was_just_submitted_has_a_while_to_show_itself(age, state, tm
     assert worker.state(written(tmp_path / "run", pid=None, born=time.time() - age))["state"] == state
 
 
-def test_runs_that_are_over_damaged_or_on_another_device_are_not_waited_for(tmp_path):
-    mine = {"pid": os.getpid(), "pid_born": psutil.Process().create_time()}
-    now = time.time()
-    here = written(tmp_path / "here", device="cpu", born=now - 9, **mine)
-    others = {"elsewhere": {"device": "cuda:0"}, "done": {"state": "done"}, "failed": {"state": "failed"}, "later": {"born": now + 9}}
-    for name, status in others.items():
-        written(tmp_path / name, **{"device": "cpu", "born": now - 9, **mine, **status})
-    written(tmp_path / "damaged")
-    (tmp_path / "damaged" / "status.json").write_text("{")
-    ahead = [r.id for r in store.find_runs(tmp_path) if worker._waits_for(r, "cpu", before=now)]
-    assert ahead == [here.id]
+def test_tickets_of_the_dead_and_files_of_others_are_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("DPRUNER_QUEUE", str(tmp_path))
+    cpu, gpu = torch.device("cpu"), torch.device("cuda:1")
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    alive, elsewhere = turns.take_ticket(cpu, child.pid), turns.take_ticket(gpu, child.pid)
+    (alive.parent / "0-dead.ticket").write_text('{"pid": 4194304}')
+    (alive.parent / "0-nonsense.ticket").write_text("{")
+    ahead = []
+
+    def waiting(count):
+        ahead.append(count)
+        child.communicate(b"end\n")
+
+    with turns.turn(cpu, waiting):
+        assert ahead == [1] and not list(tmp_path.glob("cpu-0/0-*.ticket"))
+    assert elsewhere.is_file() and not alive.exists() and not list(tmp_path.glob("cpu-0/*.ticket"))
+
+
+def test_a_cancelled_run_goes_on_and_a_finished_one_does_not(llama, runs, tmp_path):
+    run = written(runs / "run", state="cancelled", pid=os.getpid())
+    store.write_json(run.folder / "run.json", {"config": RunConfig(model=str(llama), **BRIEF).to_dict()})
+    worker.resume(run, tmp_path / "cache")
+    wait_for(lambda: worker.state(run)["state"] == "done")
+    assert run.pairs() == [("dpruner", "legal")]
+    with pytest.raises(InputError, match="cannot go on: it is done; choose one that failed or was cancelled"):
+        worker.resume(run, tmp_path / "cache")
 
 
 def test_settings_that_cannot_work_are_refused_before_there_is_a_folder(runs):

@@ -1,0 +1,98 @@
+"""One run at a time on a device, whoever starts it: browsers, command lines and notebooks of a user share one queue for each device.
+
+A ticket is a file that names a process; it counts as long as that process lives. Who has the oldest takes the lock of the device next, and the
+lock is freed by the system when its process ends, however it ends.
+"""
+
+import contextlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import torch
+from filelock import FileLock, Timeout
+
+from dpruner.store import write_json
+
+POLL = 0.3   # seconds between two looks at the queue
+
+
+def identity(pid: int | None = None) -> dict:
+    """A process: its id, and when it was born, because ids are given out again.
+
+    Raises:
+        psutil.NoSuchProcess: it has ended.
+    """
+    process = psutil.Process(pid)
+    return {"pid": process.pid, "pid_born": process.create_time()}
+
+
+def lives(who: dict) -> bool:
+    """Whether the process of an `identity` still runs."""
+    try:
+        process = psutil.Process(who["pid"])
+        # after a restart of the machine the same id is another process: it must be as old as the identity says
+        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - who.get("pid_born", process.create_time())) < 2
+    except psutil.NoSuchProcess:
+        return False
+
+
+def queue_of(device: torch.device) -> Path:
+    """The folder of a device's tickets."""
+    root = os.environ.get("DPRUNER_QUEUE") or Path(tempfile.gettempdir()) / f"dpruner-{os.getuid() if hasattr(os, 'getuid') else 'queue'}"
+    return Path(root) / f"{device.type}-{device.index or 0}"
+
+
+def take_ticket(device: torch.device, pid: int | None = None) -> Path:
+    """A place at the end of the queue, for this process or another one."""
+    folder = queue_of(device)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    who = identity(pid)
+    ticket = folder / f"{time.time_ns():020d}-{who['pid']}.ticket"
+    write_json(ticket, who)
+    return ticket
+
+
+def _living(folder: Path) -> list[tuple[Path, dict]]:
+    """Tickets whose processes live, oldest first; those of dead ones are thrown away."""
+    found = []
+    for ticket in sorted(folder.glob("*.ticket")):
+        try:
+            who = json.loads(ticket.read_text(encoding="utf-8"))
+            alive = lives(who)
+        except (OSError, ValueError, KeyError, TypeError):   # gone meanwhile, or no ticket of ours
+            alive = False
+        if alive:
+            found.append((ticket, who))
+        else:
+            ticket.unlink(missing_ok=True)
+    return found
+
+
+@contextlib.contextmanager
+def turn(device: torch.device, waiting: Callable[[int], None]) -> Iterator[None]:
+    """Hold a device; those that came first go first.
+
+    Args:
+        waiting: called with how many are ahead, again and again until it is this process's turn.
+    """
+    folder = queue_of(device)
+    mine = next((ticket for ticket, who in _living(folder) if who["pid"] == os.getpid()), None) or take_ticket(device)
+    lock = FileLock(folder / "lock")
+    try:
+        while True:
+            ahead = [ticket for ticket, _ in _living(folder) if ticket.name < mine.name]
+            if not ahead:
+                with contextlib.suppress(Timeout):
+                    lock.acquire(timeout=0)
+                    break
+            waiting(max(1, len(ahead)))
+            time.sleep(POLL)
+        yield
+    finally:
+        mine.unlink(missing_ok=True)
+        lock.release()
