@@ -1,7 +1,6 @@
 """What several test files share: tiny models in folders, and one small finished run."""
 
 import os
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,8 +10,6 @@ from families import tiny, tiny_tokenizer
 
 from dpruner import RunConfig, pipeline, report
 
-# a queue of their own: the tests wait for nobody's runs, and nobody waits for theirs
-os.environ["DPRUNER_QUEUE"] = tempfile.mkdtemp(prefix="dpruner-tests-")
 SMALL = {"nsamples": 4, "seqlen": 16, "eval_documents": 1, "eval_seqlen": 128}
 
 
@@ -21,6 +18,12 @@ def save(model, folder: Path, tokenizer=None) -> Path:
     model.save_pretrained(folder)
     (tokenizer or tiny_tokenizer()).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def queue(tmp_path_factory):
+    """A queue of their own: the tests wait for nobody's runs, and nobody waits for theirs."""
+    os.environ["DPRUNER_QUEUE"] = str(tmp_path_factory.mktemp("queue"))
 
 
 @pytest.fixture
