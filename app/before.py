@@ -5,23 +5,29 @@ from pathlib import Path
 
 import streamlit as st
 
-from app import data, state, widgets
+from analysis.chart import listed
+from app import data, state, uploads, widgets
 from app.units import duration, size
 from dpruner import RunConfig, estimate, worker
 from dpruner.loading import pick_device
 from dpruner.model import count_weights, decoder_blocks, max_length, skipped_weights
 
 
-def card(settings: dict) -> None:
+def card(settings: dict, refused: list[str]) -> None:
     """What a run of these settings would take, and the button.
 
     Args:
         settings: as RunConfig takes them.
+        refused: names of chosen files that cannot be used.
     """
     st.markdown("#### Before it starts")
     config, ready = RunConfig(**settings), False
-    with widgets.guarded():
-        ready = examine(config)
+    if refused:
+        st.info(f"Take {listed(refused)} out of *Your files* first: {'it' if len(refused) == 1 else 'they'} cannot be used as "
+                f"{'it is' if len(refused) == 1 else 'they are'}.")
+    else:
+        with widgets.guarded(), uploads.named(state.RUNS):
+            ready = examine(config)
     start(config, ready)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from analysis import matrices, overlap, similarity, weighing, weights
+from analysis import matrices, overlap, results, similarity, weighing, weights
 from analysis.sparsity import at_least, part_counts, rank_spread, stats_spread, threshold
 from dpruner import estimate, loading, report, store
 from dpruner.calibration import load_texts
@@ -23,8 +23,14 @@ def stamp(run: Run) -> tuple[str, float]:
 
 
 def pairs(run: Run) -> list[tuple[str, str]]:
-    """(method, domain) of every mask, D-Pruner's first."""
-    return sorted(run.pairs(), key=lambda pair: (pair[0] != "dpruner", pair))
+    """(method, domain) of every mask, D-Pruner's first.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not (found := run.pairs()):
+        raise InputError(f"The run {run.id} holds no masks", "its files were deleted", "choose another run, or delete it on the page Run")
+    return sorted(found, key=lambda pair: (pair[0] != "dpruner", pair))
 
 
 @st.cache_data(max_entries=32, show_spinner=False)
@@ -277,19 +283,24 @@ def sides(run: Run, domain: str, matrix: str, which: tuple[str, ...]) -> dict[st
     return {side: matrices.read_ranks(run.path("ranks", side, domain), matrix, transposed=flipped(run, matrix)) for side in which}
 
 
+def quality(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Perplexities with their intervals, in words: one row for each text and domain it was pruned for, one column for each method."""
+    rows = metrics[metrics.metric == results.PERPLEXITY]
+    labels, found = list(dict.fromkeys(rows.domain)), {}
+    for r in rows.itertuples():
+        found.setdefault((labels.index(r.domain), r.text), {})[r.method] = f"{r.value:.0f} ({r.low:.0f} to {r.high:.0f})"
+    return pd.DataFrame([{"Text": text, "Pruned for": labels[i], **methods}
+                         for (i, text), methods in sorted(found.items(), key=lambda item: item[0][0])])
+
+
 @st.cache_data(max_entries=32, show_spinner=False)
 def _summary(folder: str, when: float) -> dict:
     found = report.summary(Run(folder))
-    labels = list(dict.fromkeys(r["domain"] for r in found["rows"]))
-    quality = {}   # (text, pruned for): {method: perplexity}
-    for row in [*({"method": "dense", "domain": d, "perplexity": found["dense"].get(d, {})} for d in labels), *found["rows"]]:
-        for text, e in row["perplexity"].items():
-            quality.setdefault((labels.index(row["domain"]), text), {})[row["method"]] = f"{e['value']:.0f} ({e['low']:.0f} to {e['high']:.0f})"
     alike = [{"Domains": " · ".join(s["domains"]), "Method": s["method"], "Random": f"{s['floor']:.3f}", "Jaccard": f"{s['jaccard']:.3f}",
               "Same domain": f"{s['ceiling']:.3f}" if s["ceiling"] is not None else "–"}
              for s in found["similarity"] if s["method"] != "random" and s["jaccard"] < 1]   # others say nothing: random, or the same mask for all
-    return {"labels": labels, "lambda": found["lambda"], "similarity": pd.DataFrame(alike), "perplexity": pd.DataFrame(
-        [{"Text": text, "Pruned for": labels[i], **methods} for (i, text), methods in sorted(quality.items(), key=lambda item: item[0][0])])}
+    return {"labels": list(dict.fromkeys(r["domain"] for r in found["rows"])), "lambda": found["lambda"],
+            "similarity": pd.DataFrame(alike), "perplexity": quality(Run(folder).metrics())}
 
 
 def summary(run: Run) -> dict:

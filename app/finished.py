@@ -69,6 +69,8 @@ def every_run(known: list[tuple[Run, dict]]) -> None:
                         help="A waiting or running run has to be cancelled first." if status["state"] in ("queued", "running") else None):
         st.markdown(f"Delete **{run.id}** and all its files? This cannot be undone.")
         st.button("Yes, delete it", key="run-delete", type="primary", on_click=delete_run, args=(run,))
+    if status["state"] in worker.OVER:
+        running.resume_button(run, "run-resume-shown")
     if log.toggle("Log", key="run-log-shown"):
         running.show_log(run)
     if problem := st.session_state.pop("run-delete-problem", None):

@@ -10,6 +10,7 @@ from app import data, state, uploads, widgets
 from dpruner import RunConfig
 from dpruner.calibration import CATALOGUE, builtin_domains
 from dpruner.config import METHODS, split_domain
+from dpruner.files import USUAL_COLUMNS
 from dpruner.formulas import DEFAULT_LAM, FORMULAS
 from dpruner.loading import DTYPES, STARTER, pick_device
 from dpruner.masks import GRANULARITIES
@@ -24,10 +25,11 @@ SOURCES = {STARTER: "Starter model", "folder": "A folder on this machine", "hub"
 SHOWN_CHARACTERS = 600
 
 
-def fields() -> dict:
-    """All fields; what they say, as RunConfig takes it."""
-    model, domains = choose_model(), choose_domains()
-    return {**model, "domains": tuple(domains), **choose_settings()}
+def fields() -> tuple[dict, list[str]]:
+    """All fields: what they say, as RunConfig takes it, and the names of chosen files that cannot be used."""
+    model = choose_model()
+    domains, refused = choose_domains()
+    return {**model, "domains": tuple(domains), **choose_settings()}, refused
 
 
 def presets() -> None:
@@ -67,8 +69,8 @@ def choose_model() -> dict:
     return {"model": STARTER, "revision": None}
 
 
-def choose_domains() -> list[str]:
-    """Fields of the domains, and a look at their text; each domain as RunConfig takes it."""
+def choose_domains() -> tuple[list[str], list[str]]:
+    """Fields of the domains, and a look at their text: each domain as RunConfig takes it, and the names of files that cannot be used."""
     st.markdown("**Domains**")
     built_in = [d for d in builtin_domains() if d != DEFAULT.general]
     chosen = list(st.multiselect("Built in", built_in, [d for d in DEFAULT.domains if d in built_in], key="run-domains",
@@ -77,43 +79,51 @@ def choose_domains() -> list[str]:
     chosen += hub.multiselect("From the hub", list(CATALOGUE), key="run-catalogue", bind="query-params",
                               placeholder="Data sets to download",
                               help="Data sets of the Hugging Face hub; they are downloaded when the run starts.")
-    files = choose_files(own)
-    chosen += [f"{label}={source}" for label, source in files.items()]
+    bring_files(own)
+    found, refused = choose_files()
+    chosen += [f"{label}={source}" for label, source in found.items()]
     for name in (d for d in chosen if d in CATALOGUE):
         entry = CATALOGUE[name]
         st.caption(f"**{name}**: licence {entry.licence}" + (f"; {entry.note}" if entry.note else ""))
     preview(chosen)
-    return chosen
+    return chosen, refused
 
 
-def choose_files(place) -> dict[str, Path]:
-    """Files of the user, brought now or before: {label: path of the text}."""
-    with widgets.guarded():
-        brought = place.file_uploader("Your own files", uploads.TYPES, accept_multiple_files=True, key="run-upload",
-                                      help="txt, md, csv, jsonl, json or parquet, up to 50 MB each; every fifth document is held out to "
-                                           "judge the result on.")
-        for file in brought:
+def bring_files(place) -> None:
+    """Keep the files that the user brings, and choose them."""
+    for file in place.file_uploader("Your own files", uploads.TYPES, accept_multiple_files=True, key="run-upload",
+                                    help="txt, md, csv, jsonl, json or parquet, up to 50 MB each; every fifth document is held out to "
+                                         "judge the result on."):
+        with widgets.guarded():
             path = str(uploads.save(file.name, file.getvalue(), state.RUNS).relative_to(uploads.folder(state.RUNS)))
             if path not in st.session_state.setdefault("run-seen", set()):   # chosen once; taken out of the choice it stays out
                 st.session_state["run-seen"].add(path)
                 st.session_state["run-files"] = [*st.session_state.get("run-files", []), path]
-    there = {str(p.relative_to(uploads.folder(state.RUNS))): p for p in uploads.saved(state.RUNS)}
+
+
+def choose_files() -> tuple[dict[str, Path], list[str]]:
+    """Files of the user, brought now or before: {label: path of the text}, and the names of those that cannot be used."""
+    there = {str(p.relative_to(uploads.folder(state.RUNS))): p.absolute() for p in uploads.saved(state.RUNS)}
     if not there:
-        return {}
+        return {}, []
     st.session_state["run-files"] = [name for name in st.session_state.get("run-files", []) if name in there]
-    found: dict[str, Path] = {}
+    found, refused = {}, []
     for name in st.multiselect("Your files", list(there), format_func=lambda n: Path(n).name, key="run-files",
                                help="Files brought now or earlier."):
-        with widgets.guarded():
-            path, label = there[name].absolute(), Path(name).name.split(".")[0]
+        path, label = there[name], Path(name).name.split(".")[0]
+        refused.append(path.name)
+        with widgets.guarded(), uploads.named(state.RUNS):
             columns = uploads.text_columns(path)
+            column = columns[0] if len(columns) == 1 else None
             if len(columns) > 1:
                 column = st.selectbox(f"Column of {path.name} that holds the text", columns, key=f"run-column-{name}",
-                                      index=next((i for i, c in enumerate(columns) if c.lower() in ("text", "content", "document")), 0))
-                path = uploads.as_text(path, column)
+                                      index=next((i for i, c in enumerate(columns) if c.lower() in USUAL_COLUMNS), 0))
+            text = uploads.as_text(path, column) if column else path
+            data.texts(str(text), "calibration")
             taken = {*found, *builtin_domains(), *CATALOGUE}
-            found[next(n for n in (label, *(f"{label}-{i}" for i in range(2, 1000))) if n not in taken)] = path
-    return found
+            found[next(n for n in (label, *(f"{label}-{i}" for i in range(2, 1000))) if n not in taken)] = text
+            refused.remove(path.name)
+    return found, refused
 
 
 def preview(domains: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 import streamlit as st
 
-from app import state
+from app import sofar, state, widgets
 from app.units import duration
 from dpruner import store, worker
 from dpruner.errors import InputError
@@ -29,6 +29,8 @@ def happening() -> None:
             st.error(f"**{run.id}** {said(status)}", icon=":material/error:")
         elif status["state"] == "cancelled":
             st.info(f"**{run.id}** was cancelled. What it had finished is still in its folder.", icon=":material/cancel:")
+        if status["state"] in worker.OVER:
+            resume_button(run, f"run-resume-{run.id}")
 
 
 def statuses() -> list[tuple[Run, dict]]:
@@ -36,7 +38,7 @@ def statuses() -> list[tuple[Run, dict]]:
     found = []
     for run in store.find_runs(state.RUNS):
         try:
-            found.append((run, worker.state(run)))
+            found.append((run, {**worker.WAITING, **worker.state(run)}))
         except InputError as error:
             found.append((run, {"state": "damaged", "error": {"what": error.what, "why": error.why, "what to do": error.fix}}))
     return found
@@ -57,7 +59,7 @@ def show_active(run: Run, status: dict) -> None:
         if status["state"] == "queued":
             ahead = status.get("ahead", 0)
             words.markdown(f"**{run.id}** waits: " + (
-                f"{ahead} run{'s' * (ahead > 1)} before it on {status['device']}." if ahead else "it is just starting."))
+                f"{ahead} run{'s' * (ahead > 1)} before it on {status.get('device', 'the device')}." if ahead else "it is just starting."))
         else:
             words.markdown(f"**{run.id}** is running.")
         if button.button("Cancel", key=f"run-cancel-{run.id}", icon=":material/cancel:",
@@ -70,8 +72,17 @@ def show_active(run: Run, status: dict) -> None:
             left = f"about {duration(status['eta_seconds'])} left" if status["eta_seconds"] else "time left: known in a moment"
             st.progress(min(1.0, max(0.0, status["progress"])),
                         f"{at} · step {min(status['done'] + 1, status['total'])} of {status['total']} · {status['progress']:.0%} · {left}")
+            sofar.show(run, status)
         if st.toggle("Log", key=f"run-log-{run.id}", help="What the process of this run has printed"):
             show_log(run)
+
+
+def resume_button(run: Run, key: str) -> None:
+    """Let a run that failed or was cancelled go on."""
+    if st.button("Resume", key=key, icon=":material/resume:", help="Go on from what it has: nothing that is finished is done again."):
+        with widgets.guarded():
+            worker.resume(run, state.CACHE)
+            st.rerun()
 
 
 def show_log(run: Run) -> None:

@@ -1,11 +1,14 @@
 """Files that users bring: kept in `uploads/` beside the runs under safe names, checked again here, made into text."""
 
+import contextlib
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import re
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -66,22 +69,31 @@ def saved(runs: Path) -> list[Path]:
     return sorted(found, key=lambda p: -p.stat().st_mtime)
 
 
+@contextlib.contextmanager
+def named(runs: Path) -> Iterator[None]:
+    """What is wrong with a file is said of its name: where it was put is nothing to its user."""
+    try:
+        yield
+    except InputError as error:
+        where = re.compile(rf"{re.escape(str(folder(runs).absolute()))}/[^/]+/")
+        raise InputError(*(where.sub("", words) for words in (error.what, error.why, error.fix))) from error
+
+
 def text_columns(path: Path) -> list[str]:
     """The columns of a table that hold text; none where the file has no columns.
 
     Raises:
-        InputError: the table cannot be read.
+        InputError: the file is no text, or its table cannot be read.
     """
+    files.require_readable(path)
     kind = next(s for s in path.suffixes[::-1] if s != ".gz")
     try:
         if kind == ".parquet":
             return [f.name for f in pyarrow.parquet.read_schema(path) if str(f.type).endswith("string")]
         if kind == ".csv":
             table = pd.read_csv(path, nrows=SEEN)
-        elif kind == ".jsonl":
-            table = pd.read_json(path, lines=True, nrows=SEEN)
-        elif kind == ".json":
-            table = pd.read_json(path)
+        elif kind in (".jsonl", ".json"):
+            table = pd.DataFrame(row if isinstance(row, dict) else {"text": row} for row in itertools.islice(files.json_rows(path), SEEN))
         else:
             return []
     except (ValueError, OSError, EOFError, zlib.error) as error:
@@ -97,7 +109,7 @@ def as_text(path: Path, column: str) -> Path:
         InputError: as `dpruner.files.documents`.
     """
     safe = re.sub(r"[^A-Za-z0-9_-]+", "-", column)[:40]
-    made = path.parent / f"column-{safe}-{hashlib.sha256(column.encode()).hexdigest()[:4]}.jsonl"
+    made = path.parent / f"{path.name.split('.')[0]}-{safe}-{hashlib.sha256(column.encode()).hexdigest()[:4]}.jsonl"
     if not made.is_file():
         lines = (json.dumps({"text": text}, ensure_ascii=False) for text in files.documents(path, column))
         with store.replacing(made) as temporary:

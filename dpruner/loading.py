@@ -109,6 +109,7 @@ def blank_model(name: str = STARTER, revision: str | None = None) -> nn.Module:
     with torch.device("meta"):
         model = _guarded(name, lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=False))
     prunable_linears(model)
+    require_causal(model)
     return model
 
 
@@ -192,6 +193,8 @@ def _guarded(name, load):
             why, fix = "its files hold weights of other shapes than its config.json says", "give the config and the weights of one and the same model"
         elif "trust_remote_code" in str(error):
             why, fix = "it wants to run its own code, which is never allowed here", "choose a model of an architecture that transformers knows"
+        elif "does not recognize this architecture" in first:
+            why, fix = "its architecture is not known to the installed transformers", "choose another model, or a newer version of transformers"
         elif any(isinstance(e, ConnectionError | TimeoutError | OSError) for e in chain) and not Path(name).exists() and name != STARTER:
             why, fix = "it is neither a folder nor in the local cache, and the hub cannot be reached", \
                 "check the spelling and the network, give a local folder, or 'starter'"

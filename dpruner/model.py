@@ -177,14 +177,24 @@ def require_finite(model: nn.Module) -> None:
 def require_causal(model: nn.Module) -> None:
     """Refuse a model in which a later token changes an earlier prediction.
 
+    On the meta device nothing can be tried: there it goes by what the attention modules say of themselves.
+
     Raises:
         InputError: the model is an encoder.
     """
+    if model.device.type == "meta":
+        if {m.is_causal for m in decoder_blocks(model)[1].modules() if isinstance(getattr(m, "is_causal", None), bool)} == {False}:
+            raise _an_encoder(model)
+        return
     ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]], device=model.device) % model.get_input_embeddings().weight.shape[0]
     logits = model(input_ids=ids, use_cache=False).logits[:, :3].float()
     if not torch.allclose(logits[0], logits[1], rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
-        raise InputError(f"{type(model).__name__} cannot be pruned here", "later tokens change its earlier predictions, so it is an encoder",
-                         "choose a causal language model such as Llama, Mistral, Qwen or GPT-2")
+        raise _an_encoder(model)
+
+
+def _an_encoder(model: nn.Module) -> InputError:
+    return InputError(f"{type(model).__name__} cannot be pruned here", "later tokens change its earlier predictions, so it is an encoder",
+                      "choose a causal language model such as Llama, Mistral, Qwen or GPT-2")
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -50,7 +50,7 @@ def read_json(path: Path) -> dict:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"The file {path} was not found", "the run folder is incomplete or was deleted", "check the name of the run") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise _damaged(path) from error
     if not isinstance(data, dict):
         raise _damaged(path)
@@ -206,8 +206,16 @@ class Run:
 
     @property
     def record(self) -> dict:
-        """run.json: config, versions, seeds, fingerprints."""
-        return read_json(self.folder / "run.json")
+        """run.json: config, versions, seeds, fingerprints.
+
+        Raises:
+            InputError: the file is missing or damaged.
+        """
+        path = self.folder / "run.json"
+        found = read_json(path)
+        if not (isinstance(found.get("config"), dict) and isinstance(found.get("model", {}), dict)):
+            raise _damaged(path)
+        return found
 
     @property
     def config(self) -> dict:
@@ -216,7 +224,16 @@ class Run:
 
     @property
     def status(self) -> dict:
-        return read_json(self.folder / "status.json")
+        """status.json: its state is one of STATES.
+
+        Raises:
+            InputError: the file is missing or damaged.
+        """
+        path = self.folder / "status.json"
+        found = read_json(path)
+        if found.get("state") not in STATES:
+            raise _damaged(path)
+        return found
 
     def path(self, kind: str, method: str, domain: str) -> Path:
         """Where masks, ranks, edges or weights of a method and domain (by its label) lie."""

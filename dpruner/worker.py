@@ -25,7 +25,7 @@ WAITING = {"state": "queued", "stage": "starting", "about": "", "done": 0, "tota
            "elapsed_seconds": 0.0, "error": None}
 OVER = ("failed", "cancelled")   # states from which a run can go on
 
-_children: dict[int, subprocess.Popen] = {}   # kept to be reaped: a child that nobody waits for still looks alive
+_children: dict[int, subprocess.Popen] = {}   # kept to be reaped, as one that nobody waits for looks alive, and to know how it ended
 
 
 def submit(config: RunConfig, runs: str | Path = "runs", cache: str | Path = "cache") -> Run:
@@ -85,16 +85,16 @@ def state(run: Run) -> dict:
     Raises:
         InputError: the run folder is gone or its status is damaged.
     """
-    ended = {pid: code for pid, child in _children.items() if (code := child.poll()) is not None}
     status = run.status
     if status["state"] in ("queued", "running") and not _alive(status):
         status = run.status   # it may have ended between the two looks
         if status["state"] in ("queued", "running"):
-            status = {**status, "state": "failed", "error": died(ended.get(status.get("pid")))}
+            child = _children.get(status.get("pid"))
+            status = {**status, "state": "failed", "error": died(child and child.poll())}
             with contextlib.suppress(OSError):
                 store.write_json(run.folder / "status.json", status)
-    for pid in ended:
-        _children.pop(pid, None)
+    for child in list(_children.values()):
+        child.poll()
     return status
 
 

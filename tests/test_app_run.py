@@ -1,23 +1,32 @@
 """The page Run: what it says of runs that wait, run, fail and end, and the form for a new one."""
 
+import base64
 import dataclasses
 import gzip
+import io
 import json
+import math
 import os
+import re
 import shlex
 import shutil
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import psutil
 import pytest
 import torch
+from conftest import save
+from families import tiny_encoder
 from streamlit.testing.v1 import AppTest
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from app import state, uploads
-from dpruner import InputError, RunConfig, cli, estimate, hub, store, worker
+from analysis import heads
+from app import sofar, state, uploads
+from dpruner import InputError, RunConfig, cli, estimate, hub, loading, store, worker
+from dpruner.calibration import load_texts
 from dpruner.model import count_weights, skipped_weights
 from dpruner.store import Run
 
@@ -142,6 +151,176 @@ def test_a_damaged_table_of_the_newest_run_is_one_sentence(runs, small):
     assert "metrics.parquet cannot be read" in at.error[0].value and not start(at).disabled
 
 
+DAMAGED = ("status.json", "run.json", "metrics.parquet", "stats.parquet", "masks", "ranks", "edges")
+READ = {"run": {"metrics.parquet", "masks"}, "layers": {"stats.parquet", "edges", "masks"},
+        "overlap": {"metrics.parquet", "ranks", "edges", "masks"},
+        "similarity": {"masks"}, "explore": {"masks"}, "generate": {"masks"}, "results": {"metrics.parquet", "masks"}}
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_a_damaged_file_is_a_sentence_on_the_pages_that_read_it_and_they_go_on(what, runs, small):
+    older = runs / "20000101-older"   # another run to fall back on
+    shutil.copytree(runs / small.run.id, older)
+    path = runs / small.run.id / what
+    for file in path.glob("*") if path.is_dir() else [path]:
+        file.write_bytes(b'{"state": "x"}')   # well-formed JSON, but no status and no record
+    for page, read in READ.items():
+        at = AppTest.from_file(MAIN, default_timeout=60)
+        at.switch_page(f"views/{page}.py")
+        at.query_params["run"] = small.run.id
+        calm(at.run())
+        said = [e.value for e in at.error if small.run.id in e.value]
+        assert len(said) == len(at.error)
+        if what in read or what == "status.json" and page == "run":
+            assert said and all(f"{Path(what).stem}" in s and "it is damaged or of another format" in s for s in said)
+        elif what not in ("run.json", "status.json"):
+            assert not said
+        if what == "status.json":   # such a run cannot be chosen; the page Run names it
+            assert at.selectbox(key="run").options == [older.name]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}", '{"config": []}', '{"config": {}, "model": 3}', "[" * 99_999])
+def test_a_record_or_status_that_is_none_is_a_sentence(content, runs, small):
+    for name in ("run.json", "status.json"):
+        (runs / small.run.id / name).write_text(content)
+        at = opened()
+        assert f"{name} cannot be read: it is damaged or of another format" in words(at) and not start(at).disabled
+        shutil.copy(small.run.folder / name, runs / small.run.id / name)
+
+
+def test_a_run_without_masks_is_a_sentence(runs, small):
+    shutil.rmtree(runs / small.run.id / "masks")
+    assert f"The run {small.run.id} holds no masks: its files were deleted" in words(opened())
+
+
+@pytest.mark.parametrize("page", READ)
+def test_a_run_that_is_deleted_while_it_is_shown_gives_way_to_another(page, runs, small, submitted):
+    shutil.copytree(runs / small.run.id, runs / "20000101-older")
+    at = AppTest.from_file(MAIN, default_timeout=60)
+    at.switch_page(f"views/{page}.py")
+    calm(at.run())
+    assert at.selectbox(key="run").value == small.run.id
+    shutil.rmtree(runs / small.run.id)
+    calm(at.run())
+    assert at.selectbox(key="run").value == "20000101-older" and not at.error
+    shutil.rmtree(runs / "20000101-older")
+    calm(at.run())
+    assert not at.error and len(submitted) == 1   # the demonstration, as on the first day
+    assert page == "run" or "There is no finished run yet." in at.info[0].value
+
+
+def test_a_run_that_ended_badly_can_go_on(runs, monkeypatch):
+    gone_on = []
+    monkeypatch.setattr(worker, "resume", lambda run, cache: (gone_on.append((run.id, cache)), written(run.folder, state="queued")))
+    written(runs / "20300101-a", state="cancelled")
+    written(runs / "20300102-b", state="failed", error={"what": "It", "why": "stopped", "what to do": "resume it"})
+    at = opened(shown="20300101-a")
+    calm(at.button(key="run-resume-20300102-b").click().run())
+    assert gone_on == [("20300102-b", state.CACHE)] and "**20300102-b** waits" in words(at)
+    calm(at.button(key="run-resume-shown").click().run())
+    assert gone_on[1:] == [("20300101-a", state.CACHE)]
+
+
+def test_what_cannot_go_on_is_said(runs, monkeypatch):
+    written(runs / "20300101-a", state="cancelled", config=RunConfig(device="cuda:7"))
+    at = opened()
+    calm(at.button(key="run-resume-20300101-a").click().run())
+    assert at.error[0].value.startswith("The device 'cuda:7' cannot be used")
+
+
+# What a running run has found so far
+
+
+def growing(runs: Path, small, pieces: dict[str, pd.DataFrame], masks=()) -> Run:
+    """A running run that has so much of the small one."""
+    folder = runs / "20300101-growing"
+    shutil.copytree(small.run.folder, folder, ignore=shutil.ignore_patterns("*.parquet", "*@*"))
+    store.write_json(folder / "run.json", small.run.record)
+    for name, table in pieces.items():
+        store.write_table(folder / "partial" / f"{name}.parquet", table)
+    for name in masks:
+        shutil.copy(small.run.folder / "masks" / f"{name}.safetensors", folder / "masks")
+    me = {"pid": os.getpid(), "pid_born": psutil.Process().create_time()}
+    store.write_json(folder / "status.json", {**worker.WAITING, **me, "state": "running", "stage": "domain importance", "about": "legal"})
+    return Run(folder)
+
+
+def charts(at: AppTest) -> dict[str, dict]:
+    """{title: figure} of the page."""
+    titles = [m.value.removeprefix("##### ") for m in at.markdown if m.value.startswith("##### ")]
+    return dict(zip(titles, (json.loads(c.proto.spec) for c in at.get("plotly_chart")), strict=True))
+
+
+def test_before_there_is_a_figure_it_says_what_is_done_and_shows_what_is_read(runs, small):
+    growing(runs, small, {})
+    at = opened()
+    assert ("The model **llama** loses **50%** of its prunable weights, twice, each time from the full model, for **healthcare** and "
+            "**legal**.") in words(at)
+    assert "**Now:** for every weight, what its loss would cost on text of this domain" in words(at) and not charts(at)
+    assert [c.value for c in at.caption if "It reads" in c.value] == ["It reads **healthcare**, such as", "It reads **legal**, such as"]
+    text = load_texts("legal")[0]
+    assert at.text[1].value.endswith(" …") and text.split()[:9] == at.text[1].value.split()[:9]
+
+
+def test_what_is_found_grows_with_every_file(runs, small):
+    metrics, stats = small.run.metrics(), small.run.stats()
+    metrics, stats = metrics.set_index("method", drop=False), stats[stats.method == "dpruner"].set_index("domain", drop=False)
+    mine = metrics.loc["dpruner"][metrics.loc["dpruner"].domain == "healthcare"]
+    pieces = {"dense": metrics.loc["dense"], "dpruner@healthcare": mine, "stats of dpruner@healthcare": stats.loc["healthcare"]}
+    run = growing(runs, small, pieces, ["dpruner@healthcare", "random@healthcare"])
+    at = opened()
+    heads, pairs = charts(at).values()
+    assert list(charts(at)) == ["What dpruner keeps of every attention head", "Every pair of masks between chance and sameness"]
+    assert len(heads["data"]) == 2 and "legal</b><br>still to come" in heads["layout"]["annotations"][1]["text"]
+    assert "healthcare · the same by random" in str(pairs["layout"]["yaxis"]["categoryarray"])
+    quality = next(d.value for d in at.dataframe if d.value.eq("…").any(axis=None))
+    assert list(quality.columns) == ["Text", "Pruned for", "dense", "dpruner"]
+    value = mine[(mine.text == "general") & (mine.metric == "perplexity")].value
+    assert quality[(quality["Pruned for"] == "healthcare") & (quality.Text == "general")].dpruner.item().startswith(f"{value.item():.0f} (")
+    assert quality[quality["Pruned for"] == "legal"].dpruner.tolist() == ["…", "…"]
+
+    store.write_table(run.folder / "partial" / "stats of dpruner@legal.parquet", stats.loc["legal"])
+    store.write_table(run.folder / "partial" / "halves@legal.parquet", metrics[metrics.metric == "jaccard ceiling"])
+    shutil.copy(small.run.folder / "masks" / "dpruner@legal.safetensors", run.folder / "masks")
+    heads, pairs = charts(calm(at.run())).values()
+    assert len(heads["data"]) == 4 and "still to come" not in str(heads["layout"]["annotations"])
+    assert len(pairs["layout"]["yaxis"]["categoryarray"]) == 2 and "same domain" in str(pairs)
+    found = next(s for s in small.summary["similarity"] if s["method"] == "dpruner")["jaccard"]
+    points = next(t for t in pairs["data"] if t["mode"] == "markers")
+    assert dict(zip(points["y"], numbers(points["x"]), strict=True))["healthcare · legal"] == pytest.approx(found)
+
+    (run.folder / "masks" / "dpruner@legal.safetensors").write_bytes(b"torn")
+    (run.folder / "partial" / "dense.parquet").write_bytes(b"torn")
+    assert len(charts(calm(at.run()))) == 2 and not at.error   # what cannot be read is not there yet
+
+
+def numbers(values) -> list[float]:
+    """Numbers of a figure as they travel: plain, or packed."""
+    return np.frombuffer(base64.b64decode(values["bdata"]), values["dtype"]).tolist() if isinstance(values, dict) else values
+
+
+def test_the_share_of_a_head_is_what_its_columns_keep(small):
+    places, masks = small.run.record["model"]["heads"], small.run.masks("dpruner", "legal")
+    stats = small.run.stats()
+    found = heads.head_shares(stats[(stats.method == "dpruner") & (stats.domain == "legal")], places)
+    name = "model.layers.1.self_attn.o_proj.weight"
+    axis, size = places[name]
+    assert axis == "column" and set(found.block) == {0, 1, 2}
+    for row in found[found.block == 1].itertuples():
+        part = masks[name][:, row.head * size:(row.head + 1) * size]
+        assert (row.kept, row.weights) == (int(part.sum()), part.numel()) and row.kept_share == row.kept / row.weights
+    made = heads.head_squares({"legal": found}, ["healthcare", "legal"], "dpruner")
+    assert made.table.domain.unique().tolist() == ["legal"] and f"{found.kept_share.max():.1%}".replace("%", " %") in made.alt
+    assert heads.head_squares({}, ["legal"], "dpruner") is None
+    assert heads.head_squares({"legal": found.assign(kept_share=0.5)}, ["legal"], "dpruner") is None
+
+
+def test_every_stage_is_explained():
+    source = "".join(path.read_text() for path in Path(store.__file__).parent.glob("*.py"))
+    stages = set(re.findall(r'stage="([a-z ]+)"', source)) | {"loading model and text", "domain importance", "compensation"}
+    assert stages <= set(sofar.NOW)
+
+
 def test_when_a_run_ends_the_page_shows_it(runs, small):
     at = opened(active={small.run.id})   # it was running when this session last looked
     assert at.session_state["run-active"] == set() and at.dataframe
@@ -240,16 +419,88 @@ def test_what_cannot_work_cannot_be_started(runs):
     assert start(opened(seqlen=513)).disabled and not start(opened(seqlen=512)).disabled
 
 
-def test_a_value_that_is_no_choice_gives_way(runs):
-    at = AppTest.from_file(MAIN, default_timeout=60)
-    at.query_params["run-formula"] = "nonsense"
-    at.query_params["run-sparsity"] = "900"
+def test_a_model_that_cannot_be_pruned_is_one_sentence(runs, llama, tmp_path, monkeypatch, submitted):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").symlink_to(llama)
+    (tmp_path / "file").touch()
+    save(tiny_encoder(), tmp_path / "encoder")
+    for name, config in (("new", '{"model_type": "nothing-of-this-name"}'), ("torn", "{"),
+                         ("odd", '{"model_type": "llama", "hidden_size": "x"}'),
+                         ("seq2seq", '{"model_type": "t5"}'), ("code", '{"model_type": "x", "auto_map": {"AutoConfig": "x.Y"}}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(config)
+        (tmp_path / name / "model.safetensors").touch()
+    at = opened(source="folder")
+    for folder, sentence in {
+        "file": "was not found: there is no folder of that name", "~": "holds no model: it has no config.json", "~/no": "was not found",
+        "~nobody/x": "was not found", "x" * 5000: "was not found", "/dev/null": "was not found",
+        "encoder": "BertLMHeadModel cannot be pruned here: later tokens change its earlier predictions, so it is an encoder",
+        "seq2seq": "t5 is not a decoder that predicts the next token", "new": "its architecture is not known to the installed transformers",
+        "torn": "is not a valid JSON file", "odd": "hidden_size", "code": "it wants to run its own code, which is never allowed here",
+    }.items():
+        calm(at.text_input(key="run-folder").set_value(folder).run())
+        assert len(at.error) == 1 and sentence in at.error[0].value and start(at).disabled, folder
+    for folder in ("mine", "./mine", "~/mine", str(llama)):
+        calm(at.text_input(key="run-folder").set_value(folder).run())
+        calm(start(at).click().run())
+        assert not at.error and Path(submitted[-1].model).is_absolute() and Path(submitted[-1].model).samefile(llama)
+
+
+def test_a_hub_id_that_is_none_is_one_sentence(runs):
+    at = opened(source="hub")
+    for name in ("a/b/c", "a b", "../x", "-", "é/ü", "x" * 300, "https://huggingface.co/a/b", "~", "a\0b", "a/b:c", "nobody/nothing"):
+        calm(at.text_input(key="run-hub").set_value(name).run())
+        assert len(at.error) == 1 and ("was not found" in at.error[0].value or "could not be loaded" in at.error[0].value), name
+        assert start(at).disabled
+
+
+def test_numbers_that_only_a_changed_browser_sends_do_not_get_through(runs, submitted):
+    at = opened()
+    for name, value in {"nsamples": -5, "seqlen": 1, "lam": math.nan, "epochs": 0, "seed": -1, "eval_documents": 0}.items():
+        at.number_input(key=f"run-{name}").set_value(value)
+    at.slider(key="run-sparsity").set_value(150)
     calm(at.run())
-    assert at.selectbox(key="run-formula").value == "balanced" and 0 <= at.slider(key="run-sparsity").value <= 100
+    calm(start(at).click().run())
+    assert submitted == [RunConfig(methods=("dpruner", "magnitude"), eval_documents=10)]   # the defaults
+
+
+def test_nonsense_in_the_address_gives_way(runs, small):
+    at = AppTest.from_file(MAIN, default_timeout=60)
+    nonsense = {"source": "zzz", "domains": "nonsense", "catalogue": "zz", "methods": "zz", "sparsity": "999", "sparsity_of": "zz",
+                "granularity": "9:1", "formula": "nonsense", "lam": "-1", "nsamples": "-5", "seqlen": "1", "epochs": "abc",
+                "finetune": "maybe", "halves": "?",
+                "evaluate": "", "general_mode": "x", "eval_documents": "nan", "seed": "1e30", "device": "zz", "dtype": "zz",
+                "compensate": "zz", "shown": "../.."}
+    for name, value in nonsense.items():
+        at.query_params[f"run-{name}"] = value
+    for name, value in {"run": "nonsense", "method": "x", "domain": "x", "block": "x", "module": "x", "sparsity": "-1", "new": "x"}.items():
+        at.query_params[name] = value
+    calm(at.run())
+    assert not at.error and not start(at).disabled
+    values = {name: at.session_state[f"run-{name}"] for name in nonsense}
+    assert values == {"source": "starter", "domains": ["healthcare", "legal"], "catalogue": [], "methods": ["dpruner", "magnitude"],
+                      "sparsity": 50, "sparsity_of": "prunable", "granularity": "matrix", "formula": "balanced", "lam": None,
+                      "nsamples": 64, "seqlen": 128,
+                      "epochs": 5, "finetune": False, "halves": True, "evaluate": True, "general_mode": "sequential", "eval_documents": 10,
+                      "seed": 0, "device": None, "dtype": None, "compensate": None, "shown": small.run.id}
+    assert {name: at.session_state[name] for name in state.KEYS} == {
+        "run": small.run.id, "method": "dpruner", "domain": "healthcare", "block": 0, "module": "self_attn.q_proj", "sparsity": 50}
+
+
+@pytest.mark.parametrize("source", ["Hugging Face hub", "A folder on this machine"])
+def test_the_address_restores_the_form(source, runs):
+    at = AppTest.from_file(MAIN, default_timeout=60)
+    field = {"Hugging Face hub": "run-hub", "A folder on this machine": "run-folder"}[source]
+    for name, value in {"run-source": source, field: "some/where", "run-nsamples": "7", "run-methods": "wanda"}.items():
+        at.query_params[name] = value
+    calm(at.run())
+    assert at.text_input(key=field).value == "some/where" and at.number_input(key="run-nsamples").value == 7
+    assert at.multiselect(key="run-methods").value == ["wanda"] and "some/where" in at.error[0].value
 
 
 def test_too_little_memory_is_said_with_what_would_help(runs, monkeypatch):
-    config, model = RunConfig(methods=("dpruner", "magnitude"), eval_documents=10), estimate.blank_model("starter")
+    config, model = RunConfig(methods=("dpruner", "magnitude"), eval_documents=10), loading.blank_model("starter")
     needed = sum(estimate.peak_memory(config, model, "cpu").values())
     monkeypatch.setattr(estimate, "available_memory", lambda device: needed)
     assert not opened().warning
@@ -312,17 +563,60 @@ def test_names_of_files_are_made_safe(name, tmp_path):
     assert uploads.save(name, b"text", tmp_path) == path and uploads.saved(tmp_path) == [path] and not store.find_runs(tmp_path)
 
 
-@pytest.mark.parametrize(("name", "content"), [("a.jsonl", b"{\n"), ("a.parquet", b"nothing"), ("a.csv", b'"a,b\n')])
-def test_a_table_that_is_none_is_one_sentence(name, content, tmp_path):
-    with pytest.raises(InputError, match="is not a well-formed"):
-        uploads.text_columns(uploads.save(name, content, tmp_path))
+def parquet(**columns) -> bytes:
+    stream = io.BytesIO()
+    pd.DataFrame(columns).to_parquet(stream)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(("name", "content", "sentence"), [
+    ("a.txt", b"", "'a.txt' cannot be used: it is empty"),
+    ("a.txt.gz", b"\x1f\x8b\x08\0broken", "'a.txt.gz' cannot be read: it is no complete gzip file"),
+    ("a.txt", bytes(range(256)), "'a.txt' cannot be read: it is binary, not text"),
+    ("a.csv", "h\xe9,b\nx,y\n".encode("latin-1"), "'a.csv' cannot be read: it is not UTF-8 text; save it as UTF-8."),
+    ("a.csv", b"a,b\n1,2\n", "'a.csv' cannot be read: none of its columns (a, b) holds text"),
+    ("a.csv", b'"a,b\n', "'a.csv' cannot be read: it is not a well-formed csv file"),
+    ("a.csv", b"a\n", "'a.csv' cannot be read: it has no rows"),
+    ("a.parquet", b"PAR1", "'a.parquet' cannot be read: it is not a well-formed parquet file"),
+    ("a.parquet", parquet(text=["word " * 99] * 9)[:-9], "'a.parquet' cannot be read: it is not a well-formed parquet file"),
+    ("a.parquet", parquet(n=[1, 2]), "'a.parquet' cannot be read: none of its columns (n) holds text"),
+    ("a.jsonl", b'{"text": "a"}\n{', "'a.jsonl' cannot be read: it is not a well-formed json file"),
+    ("a.json", b"null", "'a.json' cannot be read: it is not a well-formed json file: its row 1 is null, not an object"),
+    ("a.json", b'{"a":' * 99_999, "'a.json' cannot be read: it is not a well-formed json file (maximum recursion depth"),
+    ("a.md", b" \n", "No text was found in 'a.md': all of it is blank"),
+    ("a.txt", b"Two words.", "No text of 'a.txt' can be held out: it takes 5 documents"),
+    ("a.csv", b"text,n\nTwo words.,1\n", "No text of 'a-text-982d.jsonl' can be held out"),
+])
+def test_a_file_that_cannot_be_used_is_one_sentence(name, content, sentence, runs, submitted):
+    at = opened()
+    at.file_uploader(key="run-upload").upload(name, content, "text/plain")
+    calm(at.run())
+    assert len(at.error) == 1 and sentence in at.error[0].value
+    if not uploads.saved(runs):   # refused at the door: the form is as it was
+        assert not start(at).disabled
+        return
+    assert start(at).disabled
+    calm(at.multiselect(key="run-files").set_value([]).run())
+    assert not at.error and not start(at).disabled
+
+
+def test_one_bad_file_does_not_keep_out_the_others(runs, submitted):
+    at = opened()
+    for name, content in (("bad.csv", b"a\n1\n"), ("empty.txt", b""), ("good.txt", (b"A paragraph of words. " * 9 + b"\n\n") * 99)):
+        at.file_uploader(key="run-upload").upload(name, content, "text/plain")
+    calm(at.run())
+    assert len(at.error) == 2 and start(at).disabled and "Take bad.csv out of *Your files* first" in words(at)
+    assert at.selectbox(key="run-preview").options == ["healthcare", "legal", "good"]
+    calm(at.multiselect(key="run-files").set_value([n for n in at.session_state["run-files"] if n.startswith("good")]).run())
+    calm(start(at).click().run())
+    assert [d.split("=")[0] for d in submitted[0].domains] == ["healthcare", "legal", "good"]
 
 
 # What it will take
 
 
 def test_a_model_without_weights_counts_as_the_model_itself(starter):
-    blank = estimate.blank_model("starter")
+    blank = loading.blank_model("starter")
     assert count_weights(blank) == count_weights(starter[0]) and skipped_weights(blank) == {}
     assert all(p.device.type == "meta" for p in blank.parameters())
 
@@ -331,7 +625,7 @@ def test_disk_is_what_the_run_takes(small):
     folders = (small.run.folder / "masks", small.run.folder / "ranks", small.cache)
     taken = sum(p.stat().st_size for folder in folders for p in folder.rglob("*.safetensors"))
     heads = len(list(small.run.folder.rglob("*.safetensors"))) * 5000   # names and shapes, which count in a model this tiny only
-    assert taken - heads < estimate.disk(small.config, estimate.blank_model(small.config.model)) < taken
+    assert taken - heads < estimate.disk(small.config, loading.blank_model(small.config.model)) < taken
 
 
 def test_more_work_takes_longer_and_more_memory():
@@ -353,7 +647,7 @@ def test_more_work_takes_longer_and_more_memory():
 
 
 def test_remedies_fit_and_the_least_harmful_comes_first():
-    model, config = estimate.blank_model("starter"), RunConfig(finetune=True, formula="taylor", seqlen=512)
+    model, config = loading.blank_model("starter"), RunConfig(finetune=True, formula="taylor", seqlen=512)
     needed = sum(estimate.peak_memory(config, model, "cpu").values())
     found = estimate.remedies(config, model, "cpu", needed - 1)
     assert found[0].changes == {"halves": False} and all(r.bytes < needed for r in found)

@@ -20,9 +20,9 @@ st.subheader("New run", anchor="new")
 form.presets()
 left, right = st.columns([4, 3], gap="medium")
 with left:
-    settings = form.fields()
+    settings, refused = form.fields()
 with right, st.container(border=True):
-    before.card(settings)
+    before.card(settings, refused)
 
 if runs:
     finished.every_run(runs)

@@ -1,0 +1,163 @@
+"""What a running run is about, and what it has found so far: read from its folder, where it grows from second to second."""
+
+import contextlib
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+import streamlit as st
+
+from analysis import comparisons, heads, similarity
+from analysis.chart import Chart, listed
+from app import data, widgets
+from dpruner import RunConfig, store
+from dpruner.calibration import CATALOGUE
+from dpruner.config import split_domain
+from dpruner.errors import InputError
+from dpruner.store import Run
+
+NOW = {   # stage: what it means, in plain words
+    "loading model and text": "the model and the texts are read.",
+    "general importance": "for every weight, what its loss would cost on ordinary text. One answer serves all domains.",
+    "general fisher": "for every weight, how sharply the error on ordinary text grows with a change of it.",
+    "domain fisher": "for every weight, how sharply the error on the domain's text grows with a change of it.",
+    "domain importance": "for every weight, what its loss would cost on text of this domain, by the model's own gradients there. Together "
+                         "with the general importance this decides which weights go.",
+    "wanda": "the sizes of the inputs of every weight, for the method wanda.",
+    "sparsegpt": "the method sparsegpt walks through the model and moves what it keeps to make up for what it removes.",
+    "compensation": "the weights that are kept are moved to make up for those that go.",
+    "evaluation": "how well the model predicts text that was kept aside. Perplexity is how many tokens it wavers between, as it were: "
+                  "lower is better.",
+}
+HALVES = "the same once more for each half of its text: what those two masks share is the most that two domains could share."
+TIMES = {1: "once", 2: "twice", 3: "three times"}
+PASSAGE = 260        # characters of a text that is being read
+MOST_DOMAINS = 4     # beside each other
+PLAIN = ("magnitude", "random")
+
+
+def show(run: Run, status: dict) -> None:
+    """What is being done, the present stage in plain words, and what has been found so far."""
+    with widgets.guarded():
+        config = RunConfig.from_dict(run.config)
+        st.markdown(purpose(config))
+        if words := HALVES if status["about"].startswith("two halves") else NOW.get(status["stage"]):
+            st.markdown(f"**Now:** {words}")
+        found = _found(str(run.folder), stamps(run))
+        if found is None:
+            passages(config)
+            return
+        for key, made in found.charts.items():
+            widgets.chart(made, f"run-far-{key}-{run.id}")
+        if len(found.quality):
+            st.markdown("**Perplexity so far** (95 % interval)")
+            st.dataframe(found.quality, hide_index=True, key=f"run-far-quality-{run.id}")
+        st.markdown(found.changed)
+
+
+def purpose(config: RunConfig) -> str:
+    """What a run is for, in a few sentences."""
+    labels = labels_of(config)
+    share = "of the whole model" if config.sparsity_of == "model" else "of its prunable weights"
+    said = (f"The model **{Path(config.model).name}** loses **{config.sparsity:.0%}** {share}, "
+            f"{TIMES.get(len(labels), f'{len(labels)} times')}{', each time from the full model,' * (len(labels) > 1)} for "
+            f"{listed([f'**{label}**' for label in labels])}. ")
+    if "dpruner" in config.methods:
+        said += "D-Pruner keeps what any text needs and what the domain's own text needs. "
+    if len(labels) > 1:
+        said += "Where the masks of what is kept differ in the end, the domains need different weights. "
+    if others := [m for m in config.methods if m in PLAIN]:
+        said += f"{listed(others).capitalize()} {'is a simpler choice' if len(others) == 1 else 'are simpler choices'} to compare with."
+    return said
+
+
+def passages(config: RunConfig) -> None:
+    """The beginning of a text of every domain: what the run works on while there is nothing else to see."""
+    sources = [(label, source) for label, source in map(split_domain, config.domains) if source not in CATALOGUE][:MOST_DOMAINS]
+    for place, (label, source) in zip(st.columns(max(1, len(sources))), sources, strict=False):
+        with place, contextlib.suppress(InputError):
+            text = data.texts(source, "calibration", config.column)[0]
+            st.caption(f"It reads **{label}**, such as")
+            st.text(textwrap.shorten(text[:10 * PASSAGE], PASSAGE, placeholder=" …"))
+
+
+def labels_of(config: RunConfig) -> list[str]:
+    return [split_domain(d)[0] for d in config.domains]
+
+
+# ---- reading
+
+
+class Found(NamedTuple):
+    """What a run has found so far.
+
+    Attributes:
+        charts: {key: Chart}.
+        quality: perplexities, as `data.quality`; empty where they are not measured.
+        changed: a sentence on λ; empty where nothing is known.
+    """
+
+    charts: dict[str, Chart]
+    quality: pd.DataFrame
+    changed: str
+
+
+def stamps(run: Run) -> tuple[tuple[str, float], ...]:
+    """The files a run has put aside so far, with when they were written: oldest first."""
+    found = []
+    for path in [*(run.folder / "partial").glob("*.parquet"), *(run.folder / "masks").glob("*.safetensors")]:
+        with contextlib.suppress(OSError):   # the first folder goes when the run is done
+            found.append((str(path), path.stat().st_mtime))
+    return tuple(sorted(found, key=lambda each: each[1]))
+
+
+@st.cache_resource(max_entries=4, show_spinner=False)   # drawn every second, by every browser: made once for every new file
+def _found(folder: str, files: tuple[tuple[str, float], ...]) -> Found | None:
+    run = Run(folder)
+    config, axes = RunConfig.from_dict(run.config), run.record.get("model", {}).get("heads", {})
+    labels, first = labels_of(config), next((m for m in config.methods if m not in PLAIN), config.methods[0])
+    metrics, shares = [], {}
+    for path in (Path(file) for file, _ in files if file.endswith(".parquet")):
+        with contextlib.suppress(InputError):
+            table = store.read_table(path)
+            if "metric" in table:
+                metrics.append(table)
+            elif path.stem.startswith(f"stats of {first}@"):
+                shares[path.stem.split("@")[1]] = heads.head_shares(table, axes)
+    metrics = [table for table in metrics if len(table)]
+    if not metrics:
+        return None
+    metrics = pd.concat(metrics, ignore_index=True)
+    alike = pairs(run, config, first, metrics)
+    charts = {"heads": heads.head_squares(shares, labels, first), "pairs": comparisons.pair_dots(alike) if len(alike) else None}
+    changed = [f"**{r.value / r.n:.2%}** of the decisions for {r.domain}"
+               for r in metrics[metrics.metric == "decisions changed by λ"].itertuples()]
+    return Found({key: made for key, made in charts.items() if made is not None}, data.quality(metrics).fillna("…"),
+                 f"The general importance, weighed by λ, changed {listed(changed)}." if changed else "")
+
+
+def pairs(run: Run, config: RunConfig, method: str, metrics: pd.DataFrame) -> pd.DataFrame:
+    """Masks that are there, two and two: the domains of one method, and that method beside the others for the first domain.
+
+    Returns:
+        As `analysis.similarity.pairs`, with a column ceiling; empty for models so large that counting would hold up the run.
+    """
+    ceilings = metrics[(metrics.metric == "jaccard ceiling") & (metrics.method == method)].groupby("domain").value.mean()
+    labels = labels_of(config)
+    wanted = [((a, method, a), (b, method, b)) for i, a in enumerate(labels) for b in labels[i + 1:]]
+    wanted += [((labels[0], method, labels[0]), (f"the same by {other}", other, labels[0])) for other in config.methods if other != method]
+    found = []
+    for pair in wanted:
+        known = ceilings.reindex([label for _, _, label in pair]).mean() if pair[1][1] == method else float("nan")
+        with contextlib.suppress(InputError, OSError):   # deleted or damaged meanwhile
+            files = [data.mask_stamp(run, of, label, own=True) for _, of, label in pair]
+            if None in files or any(Path(file).stat().st_size > data.LARGE / 8 for file, _ in files):
+                continue
+            found.append(_pair(tuple((name, file) for (name, _, _), file in zip(pair, files, strict=True))).assign(ceiling=known))
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+
+
+@st.cache_data(max_entries=128, show_spinner=False)
+def _pair(files: tuple[tuple[str, tuple[str, float]], ...]) -> pd.DataFrame:
+    return similarity.pairs(similarity.count_masks({name: Path(file) for name, (file, _) in files}))
