@@ -8,13 +8,15 @@ from torch import nn
 
 from dpruner.errors import InputError
 from dpruner.general import saliency, sweep_group
+from dpruner.formulas import inverse
 from dpruner.hessian import mix
-from dpruner.masks import as_rows, lowest, require_sparsity
+from dpruner.masks import as_rows, global_shares, lowest, precise, require_sparsity
 from dpruner.model import prunable_linears, transposed_names
 from dpruner.partial import NOTHING, Checkpoint
 from dpruner.walk import Progress, quiet, walk
 
 HESSIANS = ("general", "domain", "mix")
+ALLOTMENTS = ("loss", "even")
 
 
 class Compensated(NamedTuple):
@@ -92,22 +94,79 @@ def relative(scores: torch.Tensor) -> torch.Tensor:
     return scores / torch.where(mean > 0, mean, torch.ones_like(mean))
 
 
-def compensate_walk(model: nn.Module, calibrations: list[list[torch.Tensor]], fisher: Mapping[str, torch.Tensor], sparsity: float,
-                    lam: float = 1.0, *, progress: Progress = quiet, checkpoint: Checkpoint = NOTHING) -> Compensated:
+ALLOT = 0.5        # how far sparsities follow the predicted loss, 0 (even) to 1; chosen in docs/RESULTS.md
+MOST_ALLOTTED = 0.97
+
+
+class _Losses(Mapping):
+    """{name: predicted loss of removing each weight}, computed when it is asked for: no second copy of the model is held."""
+
+    def __init__(self, linears: Mapping[str, nn.Module], fishers: list[Mapping[str, torch.Tensor]]):
+        self.linears, self.fishers = linears, fishers
+        self.totals = [sum(float(self._loss(n, f).sum(dtype=torch.float64)) for n in linears) for f in fishers]
+
+    def _loss(self, name: str, fisher: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        w = precise(self.linears[name].weight.detach())
+        return fisher[name].to(w.device) * w.square()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return sum(self._loss(name, f) * inverse(total) for f, total in zip(self.fishers, self.totals, strict=True))
+
+    def __iter__(self):
+        return iter(self.linears)
+
+    def __len__(self):
+        return len(self.linears)
+
+
+def allotted(model: nn.Module, fishers: list[Mapping[str, torch.Tensor]], sparsity: float, strength: float = ALLOT) -> dict[str, float]:
+    """Sparsities of the matrices, so that those lose less whose weights the loss needs more; their mean over all weights is `sparsity`.
+
+    The loss of removing a weight is predicted as f·w², f the diagonal Fisher; open domain and domain count alike, each divided by its total.
+    One threshold for the whole model would remove some share of every matrix; its sparsity lies between that share and the even one, because
+    compensation makes up for more where more goes.
+
+    Args:
+        fishers: diagonal Fishers {name: Tensor as stored}, of the domain, or of both sides.
+        sparsity: fraction of all prunable weights to remove.
+        strength: 0 allots evenly, 1 as the one threshold would.
+
+    Returns:
+        {name: fraction to remove}, each at most 0.97 (or `sparsity`, where that is more).
+    """
+    linears = prunable_linears(model)
+    wanted = global_shares(_Losses(linears, fishers), sparsity)
+    sizes = {n: m.weight.numel() for n, m in linears.items()}
+    most = max(MOST_ALLOTTED, sparsity)
+    found = {n: sparsity + strength * (share - sparsity) for n, share in wanted.items()}
+    for _ in range(len(found)):   # what cannot go from a full or empty matrix goes from the others
+        found = {n: min(max(s, 0.0), most) for n, s in found.items()}
+        missing = sparsity - sum(found[n] * size for n, size in sizes.items()) / sum(sizes.values())
+        if abs(missing) < 1e-9:
+            break
+        found = {n: s + missing for n, s in found.items()}
+    return {n: min(max(s, 0.0), most) for n, s in found.items()}
+
+
+def compensate_walk(model: nn.Module, calibrations: list[list[torch.Tensor]], fisher: Mapping[str, torch.Tensor],
+                    sparsity: float | Mapping[str, float], lam: float = 1.0, *, progress: Progress = quiet, checkpoint: Checkpoint = NOTHING) -> Compensated:
     """`compensate="walk"`: the dual score is taken inside the walk, from the weights as compensation has left them (METHOD section 4).
 
     Args:
         fisher: {name: Tensor as stored}, the diagonal Fisher; see `domain.fisher_diagonal` and `mixed_fisher`.
-        sparsity: exactly `round(sparsity · out · b)` weights go in every block of 128 columns.
+        sparsity: of all matrices, or {name: sparsity} as `allotted` gives them; `round(sparsity · out · b)` weights go in every block of 128
+            columns.
         lam: weight of the loss's side against the layer output's.
     """
-    require_sparsity(sparsity)
+    sparsities = sparsity if isinstance(sparsity, Mapping) else dict.fromkeys(prunable_linears(model), sparsity)
+    for one in set(sparsities.values()):
+        require_sparsity(one)
     names = transposed_names(model)
 
     def choose(name, W1, d, columns):
         f = as_rows(fisher[name].to(W1.device), name in names)[:, columns]
         scores = dual_saliency(W1, d, f, lam)
-        return lowest(scores.reshape(1, -1), round(sparsity * scores.numel())).view(scores.shape)
+        return lowest(scores.reshape(1, -1), round(sparsities[name] * scores.numel())).view(scores.shape)
 
     return compensated_walk(model, calibrations, choose, progress=progress, checkpoint=checkpoint)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpruner.calibration import domain_label
-from dpruner.compensate import HESSIANS
+from dpruner.compensate import ALLOTMENTS, HESSIANS
 from dpruner.errors import InputError
 from dpruner.formulas import FORMULAS
 from dpruner.general import SPARSITY
@@ -38,6 +38,7 @@ class RunConfig:
     compensate: str | None = setting(None, "move the kept weights: 'after' the mask is chosen, or choose it in the 'walk'")
     hessian: str = setting("mix", "whose inputs compensation follows: general, domain, mix")
     fisher: str = setting("both", "whose gradients compensate='walk' regards: domain, both")
+    allot: str = setting("loss", "sparsity of the matrices in compensate='walk': less where the 'loss' needs more, or 'even'")
     general: str = setting("general", "the open domain, named like a domain")
     general_sparsity: float = setting(SPARSITY, "sparsity at which the walk prunes while it scores general importance")
     general_mode: str = setting("sequential", "how general importance is taken: sequential, static")
@@ -69,7 +70,7 @@ class RunConfig:
         for field in dataclasses.fields(self):
             _check_type(field.name, getattr(self, field.name), field.type)
         for name, allowed in {"sparsity_of": ("prunable", "model"), "formula": tuple(FORMULAS), "compensate": (None, "after", "walk"),
-                              "hessian": HESSIANS, "fisher": ("domain", "both"), "general_mode": ("sequential", "static"),
+                              "hessian": HESSIANS, "fisher": ("domain", "both"), "allot": ALLOTMENTS, "general_mode": ("sequential", "static"),
                               "baseline_calibration": HESSIANS, "dtype": (None, *DTYPES)}.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} = {getattr(self, name)!r} is not known", "it has a few fixed values",

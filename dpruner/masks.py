@@ -154,6 +154,20 @@ def _global_removed(rows: dict[str, torch.Tensor], sparsity: float) -> dict[str,
     return removed
 
 
+def global_shares(scores: Mapping[str, torch.Tensor], sparsity: float) -> dict[str, float]:
+    """The share of every matrix that one threshold for all of them would remove.
+
+    Args:
+        scores: {name: Tensor}; each is asked for twice, so that they may be computed when they are asked for.
+        sparsity: fraction of all weights that goes.
+    """
+    count = round(sparsity * sum(s.numel() for s in scores.values()))
+    if count == 0:
+        return dict.fromkeys(scores, 0.0)
+    threshold, _ = kth_lowest(scores.values(), count)
+    return {n: float((_ordered(s) <= threshold).double().mean()) for n, s in scores.items()}
+
+
 def make_masks(scores: Mapping[str, torch.Tensor], sparsity: float | None = None, granularity: str = "matrix",
                transposed: Collection[str] | None = None) -> dict[str, torch.Tensor]:
     """Keep the highest scores: exactly `round(sparsity · group size)` weights go in every group, ties by lower index first (METHOD section 5).

@@ -17,7 +17,7 @@ from torch import nn
 
 from dpruner import baselines, calibration, store
 from dpruner.calibration import load_calibration, load_texts
-from dpruner.compensate import Compensated, compensate_after, compensate_walk, compensation_sets, mixed_fisher
+from dpruner.compensate import Compensated, allotted, compensate_after, compensate_walk, compensation_sets, mixed_fisher
 from dpruner.config import RunConfig, split_domain
 from dpruner.domain import DomainImportance, FineTune, domain_importance, fisher_diagonal
 from dpruner.errors import InputError
@@ -310,9 +310,11 @@ def prune(job: Job, method: str, label: str, scores: Scores | None, general_fish
         return baselines.sparsegpt(model, texts.sets(label, config.baseline_calibration), sparsity, **watched)
     sets = texts.sets(label, config.hessian)
     if method == "dpruner" and config.compensate == "walk":
-        fisher = fisher_diagonal(model, texts.domains[label], stage="domain fisher", **job.watched(f"fisher of {label}"))
-        fisher = mixed_fisher([fisher, general_fisher]) if general_fisher is not None else fisher
-        return compensate_walk(model, sets, fisher, sparsity, 1.0 if config.lam is None else config.lam, **watched)
+        fishers = [fisher_diagonal(model, texts.domains[label], stage="domain fisher", **job.watched(f"fisher of {label}"))]
+        fishers += [general_fisher] if general_fisher is not None else []
+        wanted = allotted(model, fishers, sparsity) if config.allot == "loss" else sparsity
+        fisher = mixed_fisher(fishers) if len(fishers) > 1 else fishers[0]
+        return compensate_walk(model, sets, fisher, wanted, 1.0 if config.lam is None else config.lam, **watched)
     granularity = granularity_of(method, config)
     masks = make_masks(scores, None if ":" in granularity else sparsity, granularity)
     if config.compensate == "after":
