@@ -5,6 +5,7 @@ from dpruner.config import RunConfig
 from dpruner.domain import FineTune, domain_importance
 from dpruner.errors import InputError
 from dpruner.evaluate import perplexity
+from dpruner.evaluations import evaluate
 from dpruner.export import export
 from dpruner.general import general_importance
 from dpruner.masks import make_masks, pruned
@@ -12,5 +13,5 @@ from dpruner.loading import load_model
 from dpruner.pipeline import run
 from dpruner.store import Run, open_run
 
-__all__ = ["FineTune", "InputError", "Run", "RunConfig", "domain_importance", "export", "general_importance", "load_calibration",
+__all__ = ["FineTune", "InputError", "Run", "RunConfig", "domain_importance", "evaluate", "export", "general_importance", "load_calibration",
            "load_model", "load_tasks", "load_texts", "make_masks", "open_run", "perplexity", "pruned", "run"]

@@ -18,11 +18,10 @@ from torch import Tensor
 
 from dpruner import files, hub
 from dpruner.errors import InputError
-from dpruner.hub import CATALOGUE
+from dpruner.hub import CATALOGUE, HELDOUT_EVERY
 from dpruner.starter import CORPORA
 
 SPLITS = ("calibration", "heldout")
-HELDOUT_EVERY = 5
 PLENTY = 8  # tokenise at most this many times the tokens asked for: enough to choose from, without tokenising a whole library
 
 

@@ -1,4 +1,4 @@
-"""The command line: prune, runs, export. Exit code 0, 1 (failed: one line why and what to do) or 2 (bad arguments)."""
+"""The command line: prune, evaluate, similarity, generate, export, runs. Exit code 0, 1 (failed: one line why and what to do) or 2 (bad arguments)."""
 
 import argparse
 import contextlib
@@ -8,10 +8,8 @@ import sys
 import typing
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from dpruner.config import RunConfig
 from dpruner.errors import InputError
@@ -48,6 +46,11 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--runs", default="runs", metavar="FOLDER", help="folder of the run folders (default: runs)")
     common.add_argument("--traceback", action="store_true", help="show where an unexpected failure came from")
 
+    chosen = argparse.ArgumentParser(add_help=False)
+    chosen.add_argument("run", help="id of a run, the start of it, a folder, or 'last'")
+    chosen.add_argument("--method", action="append", metavar="NAME", help="method of the run (default: all)")
+    chosen.add_argument("--domain", action="append", metavar="NAME", help="domain of the run (default: all)")
+
     prune = commands.add_parser("prune", parents=[common], help="prune a model for one or more domains, evaluate, keep everything in a run folder")
     prune.add_argument("--config", metavar="FILE", help="a run.json or its settings, to repeat a run; other options override it")
     prune.add_argument("--cache", default="cache", metavar="FOLDER", help="folder of what runs share (default: cache)")
@@ -58,6 +61,28 @@ def parser() -> argparse.ArgumentParser:
     runs = commands.add_parser("runs", parents=[common], help="list the runs, or show one")
     runs.add_argument("run", nargs="?", help="id of a run, the start of it, a folder, or 'last'")
     runs.set_defaults(command=command_runs)
+
+    evaluate = commands.add_parser("evaluate", parents=[common, chosen], help="give tasks to the pruned models of a run and to the dense one beside them")
+    evaluate.add_argument("--task", action="append", metavar="NAME_OR_FILE",
+                          help="a built-in domain or task, a hub data set, or a file, also as name=path (default: what belongs to each domain)")
+    evaluate.add_argument("--against", default="dense", metavar="METHOD", help="method of the run that each is compared with (default: dense)")
+    evaluate.add_argument("--limit", type=int, default=500, metavar="ITEMS", help="at most this many items of each task, drawn by the seed (default: 500)")
+    evaluate.add_argument("--seed", type=int, default=0, metavar="VALUE", help="of the items drawn and of the intervals (default: 0)")
+    evaluate.add_argument("--device", metavar="VALUE", help="default: that of the run")
+    evaluate.set_defaults(command=command_evaluate)
+
+    similarity = commands.add_parser("similarity", parents=[common, chosen], help="how alike the masks of a run's domains are")
+    similarity.add_argument("--matrices", action="store_true", help="for each matrix by itself")
+    similarity.set_defaults(command=command_similarity)
+
+    generate = commands.add_parser("generate", parents=[common, chosen], help="continue a prompt with the pruned models of a run and the dense one")
+    generate.add_argument("--prompt", required=True, metavar="TEXT", help="the beginning of a text")
+    generate.add_argument("--max-new-tokens", type=int, default=48, metavar="VALUE", help="(default: 48)")
+    generate.add_argument("--temperature", type=float, default=0.0, metavar="VALUE", help="0 takes the most probable token (default: 0)")
+    generate.add_argument("--top-p", type=float, default=1.0, metavar="VALUE", help="draw from the most probable tokens that have this share (default: 1)")
+    generate.add_argument("--seed", type=int, default=0, metavar="VALUE", help="of the drawing (default: 0)")
+    generate.add_argument("--device", metavar="VALUE", help="default: that of the run")
+    generate.set_defaults(command=command_generate)
 
     export = commands.add_parser("export", parents=[common], help="write a pruned checkpoint that AutoModelForCausalLM loads")
     export.add_argument("run", help="id of a run, the start of it, a folder, or 'last'")
@@ -92,13 +117,13 @@ def command_prune(args: argparse.Namespace) -> None:
     earlier = _config_file(args.config) if args.config else {}
     config = settings(args, earlier)
     config.check()
-    from dpruner import pipeline, report
+    from dpruner import pipeline, report, tables
     from dpruner.loading import quiet_libraries
     with quiet_libraries(), _watching() as watch:
         run = pipeline.run(config, runs=args.runs, cache=args.cache, watch=watch)
     _warn_if_changed(args.config, earlier, run)
     result = report.summary(run)
-    print(json.dumps(result, ensure_ascii=False)) if args.json else show(result, Console(highlight=False))
+    print(json.dumps(result, ensure_ascii=False)) if args.json else tables.show_run(result, Console(highlight=False))
 
 
 def settings(args: argparse.Namespace, earlier: dict) -> RunConfig:
@@ -133,56 +158,15 @@ def _warn_if_changed(path: str, earlier: dict, run) -> None:
             print(f"Not the same run: the {what} differs from that of {path}, so the masks may differ too.", file=sys.stderr)
 
 
-def show(result: dict, console: Console) -> None:
-    """The table of a finished run."""
-    def figure(e):
-        return f"{e['value']:.1f} [dim]{e['low']:.0f}–{e['high']:.0f}[/]" if e else "–"
-
-    table = Table(box=box.SIMPLE_HEAD, title=f"Run {result['id']}", caption="Perplexity on held-out text with its 95 % interval: lower is better.\n"
-                  "Removed: share of the prunable weights, and of the whole model.")
-    for name, side in (("domain", "left"), ("method", "left"), ("its domain", "right"), ("open domain", "right"), ("removed", "right")):
-        table.add_column(name, no_wrap=True, justify=side)
-    for domain, texts in result["dense"].items():
-        _add_row(table, figure, {"domain": domain, "method": "dense", "perplexity": texts})
-        for row in result["rows"]:
-            if row["domain"] == domain:
-                _add_row(table, figure, row)
-        table.add_section()
-    if not result["dense"]:
-        for row in result["rows"]:
-            _add_row(table, figure, row)
-    console.print(table)
-    if result["similarity"]:
-        masks = Table(box=box.SIMPLE_HEAD, title="Similarity of the domains' masks", caption="Jaccard: weights both keep, of those either keeps; between what two\n"
-                      "random masks share and what two halves of the same domain's text share.")
-        for name in ("method", "domains"):
-            masks.add_column(name)
-        for name in ("random", "Jaccard", "same domain"):
-            masks.add_column(name, justify="right")
-        for s in result["similarity"]:
-            masks.add_row(s["method"], " · ".join(s["domains"]), f"{s['floor']:.4f}", f"{s['jaccard']:.4f}",
-                          f"{s['ceiling']:.4f}" if s["ceiling"] is not None else "–")
-        console.print(masks)
-    for domain, c in result["lambda"].items():
-        console.print(f"λ changed {c['changed']:,} of {c['of']:,} mask decisions for {domain} ({c['changed'] / c['of']:.2%}).")
-    console.print(f"Everything is in [bold]{result['folder']}[/].", soft_wrap=True)
-
-
-def _add_row(table: Table, figure, row: dict) -> None:
-    texts = list(row["perplexity"].values()) + [None, None]
-    shares = [f"{row[k]:.1%}" for k in ("sparsity of prunable weights", "sparsity of the whole model") if k in row]   # of these, then of all
-    table.add_row(row["domain"], row["method"], figure(texts[0]), figure(texts[1]), " / ".join(shares) or "–")
-
-
 def command_runs(args: argparse.Namespace) -> None:
     """`runs`: a line each, or the table of one."""
-    from dpruner import report, store
+    from dpruner import report, store, tables
     if args.run:
         run = store.open_run(args.run, args.runs)
         status = run.status
         if status["state"] == "done":
             result = report.summary(run)
-            return print(json.dumps(result, ensure_ascii=False)) if args.json else show(result, Console(highlight=False))
+            return print(json.dumps(result, ensure_ascii=False)) if args.json else tables.show_run(result, Console(highlight=False))
         return print(json.dumps(status, ensure_ascii=False) if args.json else f"{run.id}: {_told(status)}")
     listed = [{"id": run.id, "folder": str(run.folder), **_status(run)} for run in store.find_runs(args.runs)]
     if args.json:
@@ -210,6 +194,49 @@ def _told(status: dict) -> str:
     return status["state"]
 
 
+def command_evaluate(args: argparse.Namespace) -> None:
+    """`evaluate`: figures of tasks, from the run folder where they are there already."""
+    from dpruner import evaluations, store, tables
+    from dpruner.loading import quiet_libraries
+    run = store.open_run(args.run, args.runs)
+    with quiet_libraries(), _counting() as progress:
+        table = evaluations.evaluate(run, args.task, args.method, args.domain, against=args.against, limit=args.limit, seed=args.seed,
+                                     device=args.device, progress=progress)
+    if args.json:
+        found = table.astype(object).where(table.notna(), None).to_dict("records")   # JSON knows no NaN
+        return print(json.dumps({"id": run.id, "folder": str(run.folder), "figures": found}, ensure_ascii=False))
+    tables.show_evaluation(table, f"Run {run.id}", Console(highlight=False))
+
+
+def command_similarity(args: argparse.Namespace) -> None:
+    """`similarity`: the masks of every two domains, between their floor and their ceiling."""
+    from dpruner import report, store, tables
+    run = store.open_run(args.run, args.runs)
+    found = report.similarity(run, args.method, args.domain, args.matrices)
+    print(json.dumps(found, ensure_ascii=False)) if args.json else tables.show_similarity(found, Console(highlight=False))
+
+
+def command_generate(args: argparse.Namespace) -> None:
+    """`generate`: the same prompt, continued by the dense model and by each pruned one."""
+    from dpruner import store, variants
+    from dpruner.generate import generate
+    from dpruner.loading import quiet_libraries
+    run = store.open_run(args.run, args.runs)
+    with quiet_libraries():
+        pairs = variants.chosen(run, args.method, args.domain)
+        model, tokenizer = variants.load_original(run, args.device)
+    found = []
+    for method, domain in [(variants.DENSE, ""), *pairs]:
+        with variants.variant(model, run, method, domain):
+            made = list(generate(model, tokenizer, args.prompt, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p,
+                                 seed=args.seed))
+        found.append({"method": method, "domain": domain, "text": "".join(t.text for t in made), "tokens": [dataclasses.asdict(t) for t in made]})
+        if not args.json:
+            print(f"{variants.label(method, domain)}: {args.prompt}{found[-1]['text']}\n", flush=True)
+    if args.json:
+        print(json.dumps({"id": run.id, "prompt": args.prompt, "continuations": found}, ensure_ascii=False))
+
+
 def command_export(args: argparse.Namespace) -> None:
     """`export`: a checkpoint from a run."""
     from dpruner import store
@@ -220,6 +247,16 @@ def command_export(args: argparse.Namespace) -> None:
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     print(json.dumps({"folder": str(folder), "bytes": size}) if args.json else
           f"Wrote {folder} ({size / 1e6:.1f} MB): load it with AutoModelForCausalLM.from_pretrained({str(folder)!r}).")
+
+
+@contextlib.contextmanager
+def _counting():
+    """A bar on stderr for one thing after the other; yields what to call with (what, done, total)."""
+    console = Console(stderr=True)
+    with Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn(), console=console,
+                  transient=True, disable=not console.is_terminal) as bars:
+        bar = bars.add_task("loading model and tasks", total=None)
+        yield lambda what, done, total: bars.update(bar, description=what, completed=done, total=total)
 
 
 @contextlib.contextmanager

@@ -188,20 +188,41 @@ def _json_values(file: Path) -> Iterator:
         raise _unreadable(file, f"it is not a well-formed json file ({reason(error)})", "mend it, or export it again") from error
 
 
+def rows(file: Path) -> list[dict]:
+    """The rows of a table, {column: value}; each document of a text file is a row with the one column "text".
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    _usable_files(file)
+    require_readable(file)
+    if _builder(file) == "json":
+        return [row if isinstance(row, dict) else {"text": row} for row in json_rows(file)]
+    with _dataset(_builder(file), [file]) as table:
+        return table.to_list()
+
+
 def _load(builder: str, files: list[Path], column: str | None) -> list[str]:
-    """Texts of files of one kind, through `datasets`, whose cache is gone afterwards."""
+    """Texts of files of one kind."""
+    with _dataset(builder, files) as table:
+        return [text or "" for text in table[_text_column(table.features, column, files[0])]]
+
+
+@contextmanager
+def _dataset(builder: str, files: list[Path]) -> Iterator:
+    """Files of one kind, through `datasets`, whose cache is gone afterwards."""
     import datasets
 
     options = {"sample_by": "document"} if builder == "text" else {}
     paths = [glob.escape(str(file.resolve())) for file in files]  # `datasets` takes paths for patterns
     with tempfile.TemporaryDirectory() as cache, _quiet_datasets():
         try:
-            rows = datasets.load_dataset(builder, data_files=paths, split="train", cache_dir=cache, keep_in_memory=True, **options)
+            table = datasets.load_dataset(builder, data_files=paths, split="train", cache_dir=cache, keep_in_memory=True, **options)
         except Exception as error:  # each parser raises its own types
             said = reason(error.__cause__ or error)
-            why = "it has no rows" if "corresponds to no data" in said else f"it is not a well-formed {builder} file, or has no rows ({said})"
+            why = "it has no rows" if "no data" in said else f"it is not a well-formed {builder} file, or has no rows ({said})"
             raise _unreadable(files[0], why, "mend it, or export it again") from error
-        return [text or "" for text in rows[_text_column(rows.features, column, files[0])]]
+        yield table
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from dpruner.files import LIBRARY_LOCK, reason, settings
 
 LIMIT = 2000  # documents read from a data set when the caller sets no limit: streams such as C4 have no end to wait for
 TIMEOUT = 5.0  # seconds
+HELDOUT_EVERY = 5  # of one pile of documents, every fifth is held out
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class HubDataset:
         data_files: files to read where the repository has no loadable configuration.
         streaming: read on the fly, without downloading everything first.
         document_start: pattern of the row that opens a document of many rows; None: each row is a document.
+        tasks: (configuration, split) whose rows are the items of a task; None where it has no task.
         note: what to know, or what to do where there is no public copy.
     """
 
@@ -43,6 +45,7 @@ class HubDataset:
     data_files: str | None = None
     streaming: bool = False
     document_start: str | None = None
+    tasks: tuple[str | None, str] | None = None
     note: str = ""
 
 
@@ -57,18 +60,21 @@ CATALOGUE = {
     ),
     "pubmedqa": HubDataset(
         "qiaojin/PubMedQA", "pqa_unlabeled", "{question} {long_answer}", "MIT; abstracts may be their publishers'",
-        revision="9001f2853fb87cab8d220904e0de81ac6973b318", note="the unlabelled part: no item of the labelled benchmark is in it",
+        revision="9001f2853fb87cab8d220904e0de81ac6973b318", tasks=("pqa_labeled", "train"),
+        note="the unlabelled part: no item of the labelled benchmark is in it",
     ),
     "mednli": HubDataset(
-        None, None, "{sentence1} {sentence2}", "PhysioNet Credentialed Health Data License 1.5.0",
+        None, None, "{sentence1} {sentence2}", "PhysioNet Credentialed Health Data License 1.5.0", tasks=(None, "test"),
         note="sign its terms at https://physionet.org/content/mednli and give the path of your own jsonl file, with column sentence1",
     ),
-    "meqsum": HubDataset("albertvillanova/meqsum", None, "{CHQ}\n{Summary}", "not stated", note="1,000 questions: copy of bigbio/meqsum"),
+    "meqsum": HubDataset(
+        "albertvillanova/meqsum", None, "{CHQ}\n{Summary}", "not stated", tasks=(None, "train"), note="1,000 questions: copy of bigbio/meqsum",
+    ),
     "casehold": HubDataset(
         "coastalcph/lex_glue", "case_hold", "{context}", "CC BY 4.0", heldout="test",
-        revision="c23fdff1a6bf74e0e1a71cb86f1e781d37da888c", note="the copy in LexGLUE",
+        revision="c23fdff1a6bf74e0e1a71cb86f1e781d37da888c", tasks=("case_hold", "test"), note="the copy in LexGLUE",
     ),
-    "billsum": HubDataset("FiscalNote/billsum", None, "{text}", "CC0 1.0", heldout="test"),
+    "billsum": HubDataset("FiscalNote/billsum", None, "{text}", "CC0 1.0", heldout="test", tasks=(None, "test")),
     "multilegalpile": HubDataset(
         "joelniklaus/Multi_Legal_Pile", None, "{text}", "CC BY-NC-SA 4.0", revision="refs/convert/parquet", streaming=True,
         data_files="en_all/partial-train/*.parquet", note="English; the hub's own Parquet copy, because the repository is a loading script",
@@ -91,19 +97,43 @@ def documents(name: str, split: str, column: str | None = None) -> Iterator[Iter
     Raises:
         InputError: no public copy, no access, no answer from the hub, a column that holds no text, or anything the libraries raise.
     """
+    entry = CATALOGUE[name]
+    with _rows(name, entry.config, entry.heldout if split == "heldout" and entry.heldout else entry.calibration) as rows:
+        texts = (_row_text(row, entry.text, column, name) for row in rows)
+        texts = _joined(texts, entry.document_start) if entry.document_start else texts
+        yield (text.strip() for text in texts if text.strip())
+
+
+def task_rows(name: str) -> list[dict]:
+    """The items of a catalogue entry's task, as the hub has them.
+
+    Where the entry has one pile of rows only, these are the ones that calibration keeps back (see `calibration.load_texts`).
+
+    Args:
+        name: key of CATALOGUE, of an entry with `tasks`.
+
+    Raises:
+        InputError: as `documents`.
+    """
+    entry = CATALOGUE[name]
+    with _rows(name, *entry.tasks) as rows:
+        found = [dict(row) for row in rows]
+    one_pile = entry.heldout is None and entry.tasks == (entry.config, entry.calibration)
+    return found[HELDOUT_EVERY - 1::HELDOUT_EVERY] if one_pile else found
+
+
+@contextmanager
+def _rows(name: str, config: str | None, split: str) -> Iterator:
+    """The rows of a configuration and split of a catalogue entry. What goes wrong while they are read is refused here too."""
     import datasets
 
     entry = CATALOGUE[name]
     if entry.repository is None:
         raise InputError(f"The hub data set {name!r} cannot be downloaded", f"it has no public copy ({entry.licence})", entry.note)
-    hub_split = entry.heldout if split == "heldout" and entry.heldout else entry.calibration
     where = {"revision": entry.revision, "data_files": entry.data_files, "streaming": entry.streaming}
     with impatient() as reachable:
         try:
-            rows = datasets.load_dataset(entry.repository, entry.config, split=hub_split, **where)
-            texts = (_row_text(row, entry.text, column, name) for row in rows)
-            texts = _joined(texts, entry.document_start) if entry.document_start else texts
-            yield (text.strip() for text in texts if text.strip())
+            yield datasets.load_dataset(entry.repository, config, split=split, **where)
         except InputError:
             raise
         except Exception as error:  # the libraries below raise a dozen unrelated types, some of them private

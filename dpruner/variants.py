@@ -1,11 +1,11 @@
 """The models of a finished run: the original as it was pruned, and each pruned variant of it."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from dpruner.config import RunConfig
+from dpruner.config import RunConfig, split_domain
 from dpruner.errors import InputError
 from dpruner.loading import load_model
 from dpruner.masks import pruned
@@ -48,6 +48,26 @@ def require_variant(run: Run, method: str, domain: str) -> None:
     if (method, domain) not in run.pairs():
         raise InputError(f"The run {run.id} holds no mask of {method} for {domain}", f"it holds {', '.join(f'{m}@{d}' for m, d in run.pairs()) or 'none'}",
                          "choose one of these")
+
+
+def chosen(run: Run, methods: Sequence[str] | None = None, domains: Sequence[str] | None = None) -> list[tuple[str, str]]:
+    """(method, domain) of the variants of a run that were asked for, in the order of its settings; all where nothing was.
+
+    Raises:
+        InputError: the run holds none, or not one that was asked for.
+    """
+    config = RunConfig.from_dict(run.config)
+    if not run.pairs():
+        raise InputError(f"The run {run.id} holds no mask yet", "it has pruned nothing so far", "wait until it is done, or choose another run")
+    found = [(m, d) for d in domains or [split_domain(d)[0] for d in config.domains] for m in methods or config.methods]
+    for method, domain in found:
+        require_variant(run, method, domain)
+    return found
+
+
+def label(method: str, domain: str) -> str:
+    """The name of a variant: method@domain, or "dense"."""
+    return DENSE if method == DENSE else f"{method}@{domain}"
 
 
 @contextlib.contextmanager

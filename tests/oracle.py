@@ -661,6 +661,99 @@ def wanda(weight, inputs):
     return weight.detach().double().abs() * squares.sqrt()[None, :]
 
 
+def wanda_walk(model, blocks, linears, calibrations, sparsity, granularity="row", dtype=torch.float64):
+    """Wanda as its paper orders it (arXiv 2306.11695, section 3): "after pruning a preceding layer, the subsequent layer receives updated
+    input activations, based on which its pruning metric will be computed"; a layer is a decoder block, as in the released code.
+
+    Args:
+        calibrations: list of calibration sets, each a list of batches; the norms go over the tokens of all of them.
+        sparsity, granularity: as in `mask`.
+        dtype: ignored, everything is float64; for a signature like `sparsegpt_walk`.
+
+    Returns:
+        Walk: scores, what was removed, and the weights with zeros there. The model's weights come back bit for bit.
+    """
+    original = {name: module.weight.detach().clone() for name, module in linears.items()}
+    scores, removed, weights = {}, {}, {}
+    for block in blocks:
+        inside = linears_of(block, linears)
+        inputs = linear_inputs(model, block, inside, [batch for batches in calibrations for batch in batches])
+        for name, module in inside.items():
+            W = as_matrix(original[name], module)
+            matrix_scores = wanda(W, inputs[name])
+            kept = mask(matrix_scores, sparsity, granularity)
+            scores[name], removed[name] = as_stored(matrix_scores, module), as_stored(~kept, module)
+            weights[name] = as_stored(W * kept, module)
+        for name, module in inside.items():
+            module.weight.data.copy_(weights[name])
+    for name, module in linears.items():
+        module.weight.data.copy_(original[name])
+    return Walk(scores, removed, weights)
+
+
+def sparsegpt_matrix(weight, H, sparsity, blocksize=128):
+    """SparseGPT of one matrix as its paper derives it (arXiv 2301.00774, section 3.2), with inverses instead of a Cholesky factor.
+
+    The columns are passed from left to right. When column j is reached, B = (H_jj.., the part of H from j on)^-1; it follows from the one
+    before by a step of Gaussian elimination (eq. 5). A weight w in column j costs w^2 / B_00 (eq. 3); removing it moves the row by
+    -w / B_00 * B_0 (eq. 2). Masks are chosen for `blocksize` columns at once, when their first is reached (section 3.3, algorithm 1), at the
+    threshold of section 2 of the method text.
+
+    Args:
+        weight: (out, in), dead columns already zero.
+        H: (in, in), dampened.
+        sparsity: fraction removed.
+
+    Returns:
+        (weight (out, in), removed (out, in)), float64 and bool.
+    """
+    W = weight.double().clone()
+    columns = W.shape[1]
+    inverses = [torch.linalg.inv(H.double())]
+    for _ in range(columns - 1):
+        B = inverses[-1]
+        inverses.append((B - torch.outer(B[:, 0], B[0, :]) / B[0, 0])[1:, 1:])
+    removed = torch.zeros(W.shape, dtype=torch.bool)
+    for start in range(0, columns, blocksize):
+        block = range(start, min(start + blocksize, columns))
+        costs = torch.stack([W[:, j] ** 2 / inverses[j][0, 0] for j in block], dim=1)
+        threshold = sorted(costs.flatten().tolist())[int(sparsity * costs.numel())]
+        removed[:, start : start + blocksize] = costs <= threshold
+        for j in block:
+            B = inverses[j]
+            W[:, j:] -= torch.outer(W[:, j] * removed[:, j] / B[0, 0], B[0, :])
+            W[removed[:, j], j] = 0
+    return W, removed
+
+
+def sparsegpt_walk(model, blocks, linears, calibrations, sparsity, blocksize=128, damp=0.01, dtype=torch.float64):
+    """SparseGPT over the blocks of a model, each fed by the pruned ones before it (section 6).
+
+    Args:
+        calibrations: one calibration set or two, each a list of batches; of two the Hessians are mixed (section 4, "mix").
+
+    Returns:
+        Walk without scores. The model's weights come back bit for bit.
+    """
+    original = {name: module.weight.detach().clone() for name, module in linears.items()}
+    removed, weights = {}, {}
+    for block in blocks:
+        inside = linears_of(block, linears)
+        recorded = [linear_inputs(model, block, inside, batches) for batches in calibrations]
+        for name, module in inside.items():
+            hessians = [hessian(inputs[name], dtype) for inputs in recorded]
+            H = hessians[0] if len(hessians) == 1 else mixed_hessian(*hessians)
+            W = as_matrix(original[name], module).double().clone()
+            W[:, dead_inputs(H)] = 0
+            W, gone = sparsegpt_matrix(W, dampened(H, damp), sparsity, blocksize)
+            removed[name], weights[name] = as_stored(gone, module), as_stored(W, module)
+        for name, module in inside.items():
+            module.weight.data.copy_(weights[name])
+    for name, module in linears.items():
+        module.weight.data.copy_(original[name])
+    return Walk({}, removed, weights)
+
+
 # -------------------------------------------------------------------------------------------- what the column loop equals, by brute force
 
 

@@ -1,0 +1,83 @@
+"""What the command line prints: runs, evaluations and similarities as tables of 80 columns."""
+
+import math
+
+import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from dpruner.variants import DENSE, label
+
+
+def show_run(result: dict, console: Console) -> None:
+    """The tables of a finished run, as `report.summary` tells it."""
+    def figure(e):
+        return f"{e['value']:.1f} [dim]{e['low']:.0f}–{e['high']:.0f}[/]" if e else "–"
+
+    table = Table(box=box.SIMPLE_HEAD, title=f"Run {result['id']}", caption="Perplexity on held-out text with its 95 % interval: lower is better.\n"
+                  "Removed: share of the prunable weights, and of the whole model.")
+    for name, side in (("domain", "left"), ("method", "left"), ("its domain", "right"), ("open domain", "right"), ("removed", "right")):
+        table.add_column(name, no_wrap=True, justify=side)
+    for domain, texts in result["dense"].items():
+        _add_run_row(table, figure, {"domain": domain, "method": DENSE, "perplexity": texts})
+        for row in result["rows"]:
+            if row["domain"] == domain:
+                _add_run_row(table, figure, row)
+        table.add_section()
+    if not result["dense"]:
+        for row in result["rows"]:
+            _add_run_row(table, figure, row)
+    console.print(table)
+    if result["similarity"]:
+        show_similarity(result["similarity"], console)
+    for domain, c in result["lambda"].items():
+        console.print(f"λ changed {c['changed']:,} of {c['of']:,} mask decisions for {domain} ({c['changed'] / c['of']:.2%}).")
+    console.print(f"Everything is in [bold]{result['folder']}[/].", soft_wrap=True)
+
+
+def _add_run_row(table: Table, figure, row: dict) -> None:
+    texts = list(row["perplexity"].values()) + [None, None]
+    shares = [f"{row[k]:.1%}" for k in ("sparsity of prunable weights", "sparsity of the whole model") if k in row]   # of these, then of all
+    table.add_row(row["domain"], row["method"], figure(texts[0]), figure(texts[1]), " / ".join(shares) or "–")
+
+
+def show_similarity(similarity: list[dict], console: Console) -> None:
+    """How alike the masks of two domains are, for each method, and for each matrix where they are given."""
+    masks = Table(box=box.SIMPLE_HEAD, title="Similarity of the domains' masks", caption="Jaccard: weights both keep, of those either keeps; between what two\n"
+                  "random masks share and what two halves of the same domain's text share.")
+    for name in ("method", "domains", *(["matrix"] if any("matrix" in s for s in similarity) else [])):
+        masks.add_column(name)
+    for name in ("random", "Jaccard", "same domain"):
+        masks.add_column(name, justify="right")
+    for s in similarity:
+        masks.add_row(s["method"], " · ".join(s["domains"]), *([s["matrix"]] if "matrix" in s else []), f"{s['floor']:.4f}", f"{s['jaccard']:.4f}",
+                      f"{s['ceiling']:.4f}" if s["ceiling"] is not None else "–")
+    console.print(masks)
+
+
+def show_evaluation(table: pd.DataFrame, title: str, console: Console) -> None:
+    """Figures of tasks, as `evaluations.evaluate` gives them, each model beside the one it is compared with."""
+    against = ", ".join(dict.fromkeys(table[table.against != ""].against)) or DENSE
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, caption="Out of 100, with 95 % intervals; n: items, or windows of text.\n"
+                  f"Differences to {against}, on the same items: in points;\nof perplexity, where lower is better, in %.")
+    for name, side in (("task and model", "left"), ("figure", "right"), ("difference", "right"), ("", "left")):
+        shown.add_column(name, no_wrap=True, justify=side)
+    for (task, metric), group in table.groupby(["task", "metric"], sort=False):
+        shown.add_row(f"[bold]{task}[/]", "" if metric in task else f"[bold]{metric}[/]", f"n = {group.n.iloc[0]}")
+        for row in group.itertuples():
+            value, low, high = (v if metric == "perplexity" else 100 * v for v in (row.value, row.low, row.high))
+            gap = [100 * v for v in (row.difference, row.difference_low, row.difference_high)]
+            told = "" if math.isnan(gap[0]) else f"{_signed(gap[0])} [dim]{_signed(gap[1])} {_signed(gap[2])}[/]"
+            shown.add_row(f"  {label(row.method, row.domain)}", f"{value:.1f} [dim]{low:.0f}–{high:.0f}[/]", told, row.verdict)
+        shown.add_section()
+    console.print(shown)
+    for task, group in table[table.chance.notna()].groupby("task", sort=False):
+        lost = [label(r.method, r.domain) for r in group.itertuples() if r.low <= r.chance]
+        console.print(f"Guessing would be right in {group.chance.iloc[0]:.0%} of {task}" + (f"; not above that: {', '.join(lost)}." if lost else "."))
+    for row in table[table.shortened > 0].drop_duplicates("task").itertuples():
+        console.print(f"{row.shortened} of {row.n} items of {row.task} were too long for the model and were shortened.")
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.1f}" if abs(value) < 100 else f"{value:+.0f}"
