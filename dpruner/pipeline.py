@@ -64,6 +64,7 @@ def run(config: RunConfig, *, runs: str | Path = "runs", cache: str | Path = "ca
             run = store.new_run(runs, config.title)
         else:
             prepared, run = None, Run(folder)
+            store.clear_leftovers(run.folder)
         with Status(run.folder, watch) as status:
             execute(run, config, prepared or prepare(config), Path(cache), status)
     return run
@@ -165,7 +166,7 @@ def continued(run: Run, now: dict) -> dict:
         InputError: the model, the text or the machine is not what it was when the run began.
     """
     before = run.record if (run.folder / "run.json").is_file() else {}
-    for what in ("config", "versions", "device", "model", "calibration") if "calibration" in before else ():
+    for what in ("config", "model", "calibration", "versions", "device") if "calibration" in before else ():
         if before[what] != json.loads(json.dumps(now[what])):
             raise InputError(f"The run {run.id} cannot go on", f"its {what} is not what it was when it began, so the result would be neither the one nor "
                              "the other", "start a new run with the same settings")

@@ -89,13 +89,18 @@ def state(run: Run) -> dict:
     if status["state"] in ("queued", "running") and not _alive(status):
         status = run.status   # it may have ended between the two looks
         if status["state"] in ("queued", "running"):
-            child = _children.get(status.get("pid"))
-            status = {**status, "state": "failed", "error": died(child and child.poll())}
+            status = {**status, "state": "failed", "error": died(_exit_code(status.get("pid")))}
             with contextlib.suppress(OSError):
                 store.write_json(run.folder / "status.json", status)
     for child in list(_children.values()):
         child.poll()
     return status
+
+
+def _exit_code(pid: int | None) -> int | None:
+    """How a process that is gone has ended, where this one started it; its last threads may take a moment to follow the first."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return _children[pid].wait(1) if pid in _children else None
 
 
 def died(code: int | None = None) -> dict:

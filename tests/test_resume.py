@@ -2,7 +2,9 @@
 
 import multiprocessing
 import random
+import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -34,7 +36,9 @@ def processes():
     """A context whose processes start at once: the libraries are loaded in the server they are forked from."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dpruner", "test_resume"])
-    return context
+    with pytest.MonkeyPatch.context() as patch:   # a new process runs the main module, and AppTest leaves the app as that
+        patch.setitem(sys.modules, "__main__", types.ModuleType("__main__"))
+        yield context
 
 
 def content(run: Run) -> dict[str, bytes]:
