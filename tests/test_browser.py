@@ -204,6 +204,7 @@ def test_data_a_figure_and_the_config_are_taken_away(visit):
     page.keyboard.press("Escape")
     page.goto(f"{visit.address}/?run={visit.run.id}")
     page.get_by_role("heading", name="All runs").wait_for()
+    settled(page)   # a script that still runs would close the list again
     chosen = page.get_by_role("combobox", name="Run to look at")
     chosen.click()
     page.get_by_role("option", name=visit.run.id).click()
