@@ -10,6 +10,7 @@ from analysis import matrices, overlap, results, similarity, weighing, weights
 from analysis.sparsity import at_least, part_counts, rank_spread, stats_spread, threshold
 from dpruner import estimate, loading, report, store
 from dpruner.calibration import load_texts
+from dpruner.config import split_domain
 from dpruner.errors import InputError
 from dpruner.loading import DTYPES
 from dpruner.store import Run
@@ -23,14 +24,15 @@ def stamp(run: Run) -> tuple[str, float]:
 
 
 def pairs(run: Run) -> list[tuple[str, str]]:
-    """(method, domain) of every mask, D-Pruner's first.
+    """(method, domain) of every mask: D-Pruner's first, domains in the order of the run's settings.
 
     Raises:
         InputError: there is none.
     """
     if not (found := run.pairs()):
         raise InputError(f"The run {run.id} holds no masks", "its files were deleted", "choose another run, or delete it on the page Run")
-    return sorted(found, key=lambda pair: (pair[0] != "dpruner", pair))
+    labels = [split_domain(d)[0] for d in run.config["domains"]]
+    return sorted(found, key=lambda pair: (pair[0] != "dpruner", pair[0], labels.index(pair[1]) if pair[1] in labels else len(labels)))
 
 
 @st.cache_data(max_entries=32, show_spinner=False)

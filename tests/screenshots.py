@@ -25,6 +25,11 @@ def main():
                 for name in PAGES:
                     page.goto(f"{address}/{name}")
                     settled(page)
+                    if name == "generate":   # a page that shows nothing until it is asked
+                        page.get_by_role("button", name="Generate", exact=True).click()
+                        page.get_by_text("Perplexity of every text under every model").wait_for(timeout=120_000)
+                        settled(page)
+                        page.get_by_role("button", name="Generate", exact=True).scroll_into_view_if_needed()
                     page.screenshot(path=FOLDER / f"{name or 'run'}-{theme}.png")
                     print(f"{name or 'run'} {theme}", flush=True)
 
