@@ -10,20 +10,31 @@ import torch
 from scipy.stats import t as student
 
 from dpruner.errors import InputError
+from dpruner.evaluate import Estimate
+from dpruner.metrics import PERPLEXITY as METRIC
+from dpruner.metrics import difference
 
 DENSE, PERPLEXITY, SPARSITY = "dense", "perplexity", "sparsity of prunable weights"
-SAME, HIGHER, LOWER = "inside the noise", "higher", "lower"
 # settings that do not make two runs two series of a chart
 ABOUT_TEXT = ("domains", "methods", "sparsity", "seed", "device", "halves", "evaluate", "eval_seqlen", "eval_documents")
 PIECE = 1 << 16   # weights in a row that a sample is made of
 
 
-def verdict(low: float, high: float, other_low: float, other_high: float) -> str:
-    """Whether a figure is higher or lower than another, by their 95 % intervals: where they overlap, the difference may be noise.
+def against(losses: pd.DataFrame, domain: str, method: str, other: str) -> dict[str, Estimate]:
+    """{text: how far the perplexity of one method is from another's for the same domain, as a share of it}, on the same windows of text.
 
-    A cautious rule for figures measured on the same texts, whose differences vary less than they do themselves.
+    Args:
+        losses: as of losses.parquet.
+        other: a method, or "dense".
+
+    Raises:
+        InputError: the two were not judged on the same windows.
     """
-    return HIGHER if low > other_high else LOWER if high < other_low else SAME
+    def windows(name):
+        return losses[(losses["method"] == name) & (losses["domain"] == ("" if name == DENSE else domain))].rename(columns={"window": "id"})
+
+    mine, theirs = windows(method), windows(other)
+    return {text: difference(METRIC, rows, theirs[theirs["text"] == text]) for text, rows in mine.groupby("text", sort=False)}
 
 
 def against_dense(metrics: pd.DataFrame, domain: str) -> pd.DataFrame:
@@ -33,31 +44,12 @@ def against_dense(metrics: pd.DataFrame, domain: str) -> pd.DataFrame:
         metrics: as of metrics.parquet.
 
     Returns:
-        Columns text, method, value, low, high, n, dense, dense_low, dense_high, ratio (to dense), verdict; empty where nothing was
-        evaluated.
+        Columns text, method, value, low, high, n, dense, dense_low, dense_high; empty where nothing was evaluated.
     """
     chosen = metrics[(metrics["metric"] == PERPLEXITY) & (metrics["domain"] == domain)]
     dense = chosen[chosen["method"] == DENSE].set_index("text")[["value", "low", "high"]]
     table = chosen[(chosen["method"] != DENSE) & chosen["text"].isin(dense.index)][["text", "method", "value", "low", "high", "n"]]
-    table = table.join(dense.rename(columns={"value": "dense", "low": "dense_low", "high": "dense_high"}), on="text").reset_index(drop=True)
-    table["ratio"] = table["value"] / table["dense"]
-    table["verdict"] = [verdict(r.low, r.high, r.dense_low, r.dense_high) for r in table.itertuples()]
-    return table
-
-
-def against_others(table: pd.DataFrame, method: str) -> dict[str, dict[str, list[str]]]:
-    """{text: {verdict: the methods that one method is that against}}: "lower" lists those it does better than.
-
-    Args:
-        table: as `against_dense` makes it.
-    """
-    found = {}
-    for text, rows in table.groupby("text", sort=False):
-        for mine in rows[rows["method"] == method].itertuples():
-            found[text] = {SAME: [], HIGHER: [], LOWER: []}
-            for other in rows[rows["method"] != method].itertuples():
-                found[text][verdict(mine.low, mine.high, other.low, other.high)].append(other.method)
-    return found
+    return table.join(dense.rename(columns={"value": "dense", "low": "dense_low", "high": "dense_high"}), on="text").reset_index(drop=True)
 
 
 # ---- several runs

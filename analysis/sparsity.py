@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import gammaln
 
+from analysis.chart import percent
 from analysis.matrices import as_array, places
 from dpruner.errors import InputError
 from dpruner.masks import BINS, require_sparsity
@@ -29,6 +30,12 @@ def threshold(sparsity: float) -> int:
     """
     require_sparsity(sparsity)
     return math.ceil(BINS * sparsity)
+
+
+def told(sparsity: float) -> str:
+    """A sparsity in words, and what ranks make of it: they are kept in 256 steps, and a mask cut from them removes a whole number of these."""
+    cut = threshold(sparsity) / BINS
+    return percent(sparsity, 0) + (f" ({percent(cut)}, as ranks come in steps of 1/{BINS})" if abs(cut - sparsity) > 1e-9 else "")
 
 
 # ---- parts of one matrix

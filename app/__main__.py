@@ -3,6 +3,7 @@
 The libraries are loaded and the demonstration is on its way before the browser opens, so that its first page is there at once.
 """
 
+import logging
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ MAIN = Path(__file__).with_name("main.py")
 def main() -> None:
     """Get ready, then serve until ctrl-C."""
     print("  D-Pruner Studio is getting ready …", flush=True)
+    logging.getLogger("streamlit.runtime.caching").setLevel(logging.ERROR)   # the pages' caches are made before there is a server
     from app import demo
     from dpruner.errors import InputError
     try:

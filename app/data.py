@@ -18,9 +18,13 @@ from dpruner.store import Run
 LARGE = 500_000_000   # weights beyond which reading every rank takes more than a moment
 
 
+TABLES = ("status.json", "run.json", "metrics.parquet", "losses.parquet", "stats.parquet")
+
+
 def stamp(run: Run) -> tuple[str, float]:
-    """Identity of a finished run for caches: folder, and when its status last changed."""
-    return str(run.folder), (run.folder / "status.json").stat().st_mtime
+    """Identity of a finished run for caches: folder, and when one of its tables last changed."""
+    paths = [run.folder / name for name in TABLES]
+    return str(run.folder), max((path.stat().st_mtime for path in paths if path.is_file()), default=0.0)
 
 
 def pairs(run: Run) -> list[tuple[str, str]]:
@@ -70,6 +74,17 @@ def _metrics(folder: str, when: float) -> pd.DataFrame:
 def metrics(run: Run) -> pd.DataFrame:
     """metrics.parquet."""
     return _metrics(*stamp(run))
+
+
+@st.cache_data(max_entries=32, show_spinner=False)
+def _against(folder: str, when: float, method: str, domain: str) -> dict[str, dict]:
+    losses, there = Run(folder).losses(), dict.fromkeys(m for m, d in Run(folder).pairs() if d == domain and m != method)
+    return {other: results.against(losses, domain, method, other) for other in (results.DENSE, *there)}
+
+
+def against(run: Run, method: str, domain: str) -> dict[str, dict]:
+    """{method, or "dense": {text: how far one method's perplexity is from its, an Estimate of the share}}."""
+    return _against(*stamp(run), method, domain)
 
 
 # ---- masks at the slider's sparsity

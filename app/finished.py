@@ -7,7 +7,7 @@ import shutil
 
 import streamlit as st
 
-from app import data, running, state, widgets
+from app import data, running, sofar, state, widgets
 from dpruner import RunConfig, worker
 from dpruner.cli import REPEATED
 from dpruner.errors import InputError
@@ -19,25 +19,25 @@ PAGES = {"layers": "stacks", "overlap": "join_inner", "similarity": "grid_on", "
 
 def latest(run: Run) -> None:
     """A finished run in a few figures, and where to see more of it."""
-    found, settings = data.summary(run), run.config
+    found = data.summary(run)
     st.subheader("Latest result", anchor="latest")
-    share = "whole model" if settings["sparsity_of"] == "model" else "prunable weights"
-    st.markdown(f"**{settings['model']}**, {settings['sparsity']:.0%} of the {share} removed, for {', '.join(found['labels'])} · "
-                f"`{run.id}`")
+    st.markdown(sofar.purpose(RunConfig.from_dict(run.config)))
+    st.caption(run.id)
     st.markdown("**Perplexity on held-out text** (95 % interval)")
     if found["perplexity"].empty:
         st.caption("It was not measured in this run.")
     else:
         st.dataframe(found["perplexity"], hide_index=True, key="run-perplexity")
-        st.caption("How badly the model predicts text it has not seen: lower is better. Where two intervals overlap much, these texts do "
-                   "not tell which is better.")
+        st.caption("How badly the model predicts text it has not seen: lower is better. *dense* is the full model. The page Results tells, "
+                   "window by window, which differences are more than noise.")
     st.markdown("**Similarity of the domains' masks** (Jaccard)")
     if found["similarity"].empty:
         st.caption("There is nothing to compare: it takes two domains, and a method that regards them.")
     else:
         st.dataframe(found["similarity"], hide_index=True, key="run-similarity")
         st.caption("Weights that both masks keep, of those that either keeps. *Random*: what two random masks share. *Same domain*: what "
-                   "masks from two halves of one domain's text share. Only the place between these two says something.")
+                   "masks from two halves of one domain's text share. Between these two lies what can be said of domains; at or above "
+                   "*Same domain*, masks of two domains differ no more than two samples of one domain's text.")
     if found["lambda"]:
         st.markdown("λ, the weight of general importance, changed " + ", ".join(
             f"**{c['changed'] / c['of']:.2%}** of the mask decisions for {domain}" for domain, c in found["lambda"].items()) + ".")

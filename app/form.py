@@ -152,7 +152,7 @@ def choose_settings() -> dict:
     values = {"methods": tuple(st.multiselect("Methods", METHODS, [*DEFAULT.methods, "magnitude"], **field("methods") | {
         "help": "dpruner is the method of the paper, domain and general are its two sides; the others are baselines."}))}
     a, b = st.columns(2)
-    values["sparsity"] = a.slider("Sparsity (% removed)", 0, 100, round(100 * DEFAULT.sparsity), **field("sparsity")) / 100
+    values["sparsity"] = a.slider("Sparsity (% removed)", 0, 100, **usual("sparsity", round(100 * DEFAULT.sparsity))) / 100
     values["sparsity_of"] = b.selectbox("Per cent of", ["prunable", "model"], **field("sparsity_of"),
                                         format_func={"prunable": "the prunable weights", "model": "the whole model"}.get)
     a, b, c = st.columns(3)
@@ -161,8 +161,8 @@ def choose_settings() -> dict:
     values["lam"] = c.number_input("λ", 0.0, value=None, step=0.1, placeholder=str(DEFAULT_LAM[values["formula"]]), **field("lam"))
     st.markdown("**Calibration**")
     a, b = st.columns(2)
-    values["nsamples"] = a.number_input("Sequences per domain", 1, value=DEFAULT.nsamples, step=8, **field("nsamples"))
-    values["seqlen"] = b.number_input("Tokens per sequence", 2, value=DEFAULT.seqlen, step=64, **field("seqlen"))
+    values["nsamples"] = a.number_input("Sequences per domain", 1, step=8, **usual("nsamples", DEFAULT.nsamples))
+    values["seqlen"] = b.number_input("Tokens per sequence", 2, step=64, **usual("seqlen", DEFAULT.seqlen))
     st.markdown("**Where**")
     a, b = st.columns(2)
     values["device"] = a.selectbox("Device", [None, *devices()], format_func=lambda d: d or f"automatic ({pick_device()})",
@@ -175,22 +175,27 @@ def choose_settings() -> dict:
 
 def field(name: str, bind: str | None = "query-params") -> dict:
     """What the widget of a setting has in common with all others: key, help text, a place in the URL (not for those that may be empty)."""
-    return {"key": f"run-{name}", "help": HELP[name], "bind": bind}
+    return {"key": f"run-{name}", "help": f"{HELP[name]} Its name as a setting: `{name}`.", "bind": bind}
+
+
+def usual(name: str, value) -> dict:
+    """`field`, with a value to begin with: a preset may have set another, and both at once is what Streamlit warns of."""
+    return field(name) | ({} if f"run-{name}" in st.session_state else {"value": value})
 
 
 def more_settings() -> dict:
     """Settings that are rarely changed."""
     a, b = st.columns(2)
     return {
-        "finetune": a.toggle("Fine-tune while scoring", DEFAULT.finetune, **field("finetune")),
-        "epochs": b.number_input("Epochs of it", 1, value=DEFAULT.epochs, **field("epochs")),
-        "halves": a.toggle("Ceiling of similarity", DEFAULT.halves, **field("halves")),
+        "finetune": a.toggle("Fine-tune while scoring", **usual("finetune", DEFAULT.finetune)),
+        "epochs": b.number_input("Epochs of it", 1, **usual("epochs", DEFAULT.epochs)),
+        "halves": a.toggle("Ceiling of similarity", **usual("halves", DEFAULT.halves)),
         "general_mode": b.selectbox("General importance", ["sequential", "static"], **field("general_mode")),
-        "evaluate": a.toggle("Measure perplexity", DEFAULT.evaluate, **field("evaluate")),
-        "eval_documents": b.number_input("Held-out documents", 1, value=10, **field("eval_documents")),
+        "evaluate": a.toggle("Measure perplexity", **usual("evaluate", DEFAULT.evaluate)),
+        "eval_documents": b.number_input("Held-out documents", 1, **usual("eval_documents", 10)),
         "compensate": a.selectbox("Move the kept weights", [None, "after", "walk"], format_func=lambda c: c or "no, keep them as they are",
                                   **field("compensate", None)),
-        "seed": b.number_input("Seed", 0, value=DEFAULT.seed, **field("seed")),
+        "seed": b.number_input("Seed", 0, **usual("seed", DEFAULT.seed)),
     }
 
 

@@ -26,7 +26,7 @@ def happening() -> None:
         if status["state"] == "done":
             break
         if status["state"] in ("failed", "damaged"):
-            st.error(f"**{run.id}** {said(status)}", icon=":material/error:")
+            st.error(f"**{run.id}** · {said(status)}", icon=":material/error:")
         elif status["state"] == "cancelled":
             st.info(f"**{run.id}** was cancelled. What it had finished is still in its folder.", icon=":material/cancel:")
         if status["state"] in worker.OVER:

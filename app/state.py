@@ -1,6 +1,7 @@
 """The one selection that follows the user through the pages and stands in the URL: run, method, domain, block, module, sparsity."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import streamlit as st
 
 from app import data
 from dpruner import store, worker
+from dpruner.config import split_domain
 from dpruner.errors import InputError
 from dpruner.store import Run
 
@@ -45,7 +47,7 @@ def finished_runs() -> list[Run]:
     found = []
     for run in store.find_runs(RUNS):
         try:
-            if worker.state(run)["state"] == "done":
+            if worker.state(run)["state"] == "done" and run.record:
                 found.append(run)
         except InputError:
             continue
@@ -61,7 +63,7 @@ def selection() -> Selection | None:
 
 
 def choose() -> None:
-    """Draw the selection in the sidebar.
+    """Draw the selection in the sidebar; where the run that a link or an earlier choice names is gone, say so.
 
     Done by the script that all pages share: a widget drawn by a page forgets its value when the user goes to another one.
     """
@@ -73,7 +75,12 @@ def choose() -> None:
 def _chosen(runs: dict[str, Run]) -> Selection | None:
     if not runs:
         return None
+    wanted = st.session_state.get("run") or st.query_params.get("run")
     run = runs[_choice("Run", list(runs), "run")]
+    st.caption(_began(run))
+    if wanted and wanted not in runs:
+        st.session_state["_lost"] = (wanted, run.id)
+    _tell_lost(run)
     pairs = data.pairs(run)
     left, right = st.columns(2, gap="small")
     with left:
@@ -101,6 +108,22 @@ def choose_matrix(key: str) -> None:
     points = st.session_state[key].selection.points
     if points:
         st.session_state["block"], st.session_state["module"] = points[0]["customdata"][:2]
+
+
+def _began(run: Run) -> str:
+    """When a run began, and for which domains: its id is too long for the sidebar."""
+    began = re.sub(r"^(\d{4})(\d\d)(\d\d)-(\d\d)(\d\d)(\d\d)-.*$", r"\1-\2-\3 \4:\5:\6", run.id)
+    return f"{began} · {', '.join(split_domain(d)[0] for d in run.config['domains'])}"
+
+
+def _tell_lost(run: Run) -> None:
+    """Keep saying which run is missing until the user has chosen another one himself."""
+    lost, instead = st.session_state.get("_lost", (None, None))
+    if instead == run.id:
+        st.warning(f"The run {lost} cannot be shown: it was deleted, or its files are damaged. Another one is shown instead.",
+                   icon=":material/link_off:")
+    else:
+        st.session_state.pop("_lost", None)
 
 
 def _choice(label: str, options: list, key: str):

@@ -76,6 +76,19 @@ def perplexity(model: nn.Module, tokenizer, texts: list[str], seqlen: int | None
     """
     _, sums, counts = window_losses(model, tokenizer, texts, seqlen, stride, batch_size=batch_size, stage=stage, progress=progress,
                                     checkpoint=checkpoint)
+    return of_windows(sums, counts, seed)
+
+
+def of_windows(sums: np.ndarray, counts: np.ndarray, seed: int = 0) -> Estimate:
+    """Perplexity from the losses of windows, see `window_losses`.
+
+    Args:
+        sums, counts: (windows,).
+        seed: of the bootstrap.
+
+    Raises:
+        InputError: there is no window.
+    """
     if not len(sums):
         raise InputError("The perplexity cannot be computed", "the texts hold no two tokens in a row", "give at least one sentence of text")
     low, high = bootstrap_ratio(sums, counts, seed)

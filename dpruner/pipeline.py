@@ -21,7 +21,7 @@ from dpruner.compensate import Compensated, allotted, compensate_after, compensa
 from dpruner.config import RunConfig, split_domain
 from dpruner.domain import DomainImportance, FineTune, domain_importance, fisher_diagonal
 from dpruner.errors import InputError
-from dpruner.evaluate import Estimate, perplexity
+from dpruner.evaluate import of_windows, window_losses
 from dpruner.general import general_importance
 from dpruner.masks import Scores, jaccard, jaccard_floor, make_masks, pruned, ranked, sparsity_of
 from dpruner.loading import load_model, pick_device
@@ -115,13 +115,15 @@ def execute(run: Run, config: RunConfig, prepared: Prepared, cache: Path, status
     G = cached_general_importance(job, cache)
     general_fisher = cached_general_fisher(job, cache)
     status.about = DENSE
-    metrics, stats = [job.partial.table(DENSE, lambda: dense_perplexities(job))], []
+    metrics, stats, losses = [job.partial.table(DENSE, lambda: dense_perplexities(job))], [], [job.partial.get(f"losses of {DENSE}")]
     for label in prepared.texts.labels:
         for piece, compute in pieces(job, label, G, general_fisher):
             metrics.append(job.partial.table(piece, compute))
         stats += [job.partial.get(f"stats of {method}@{label}") for method in config.methods]
+        losses += [job.partial.get(f"losses of {method}@{label}") for method in config.methods]
     metrics.append(similarities(run, config, prepared.texts.labels))
     store.write_table(run.folder / "stats.parquet", in_parts(pd.concat(stats, ignore_index=True)))
+    store.write_table(run.folder / "losses.parquet", pd.concat(losses, ignore_index=True))
     store.write_table(run.folder / "metrics.parquet", pd.concat([m for m in metrics if len(m)], ignore_index=True))
     job.partial.clear()
 
@@ -155,8 +157,8 @@ def pruned_and_judged(job: Job, method: str, label: str, S: Callable[[], DomainI
         job.partial.put(counts, matrix_stats(model, kept.masks, scores).assign(method=method, domain=label))
         del scores
     with pruned(model, kept.masks, kept.weights):
-        found = perplexities(job, job.prepared.texts.judged(label), f"{method} for {label}")
-    return pd.concat([perplexity_rows(method, label, found), described(model, method, label, kept.masks)], ignore_index=True)
+        found = text_losses(job, method, label, job.prepared.texts.judged(label))
+    return pd.concat([perplexity_rows(method, label, found, job.config.seed), described(model, method, label, kept.masks)], ignore_index=True)
 
 
 def continued(run: Run, now: dict) -> dict:
@@ -376,6 +378,7 @@ def score_halves(job: Job, label: str, G: Scores) -> pd.DataFrame:
 
 
 METRIC_COLUMNS = ("method", "domain", "text", "metric", "value", "low", "high", "n")
+LOSS_COLUMNS = ("method", "domain", "text", "window", "loss", "tokens")
 
 
 def rows(*records: tuple) -> pd.DataFrame:
@@ -389,27 +392,36 @@ def exact(method, domain, text, metric, value, n) -> tuple:
     return method, domain, text, metric, value, None, None, n
 
 
-def perplexities(job: Job, names: Iterable[str], of: str) -> dict[str, Estimate]:
-    """Perplexity of the model as it is on held-out texts, by name.
+def text_losses(job: Job, method: str, label: str, names: Iterable[str]) -> pd.DataFrame:
+    """Losses of the model as it is on held-out texts: a row for each window, put aside as a piece of losses.parquet.
 
     Args:
-        of: what the model is now.
+        method, label: what the model is now.
+        names: of the texts.
     """
     config, (model, tokenizer, texts, *_) = job.config, job.prepared
-    return {name: perplexity(model, tokenizer, texts.heldout[name], config.eval_seqlen, seed=config.seed, stage="evaluation",
-                             **job.watched(f"perplexity of {of} on {name}")) for name in names}
+    of, found = method if method == DENSE else f"{method}@{label}", []
+    for name in names:
+        _, sums, counts = window_losses(model, tokenizer, texts.heldout[name], config.eval_seqlen, stage="evaluation",
+                                        **job.watched(f"perplexity of {of} on {name}"))
+        found.append(pd.DataFrame({"method": method, "domain": label, "text": name, "window": range(len(sums)), "loss": sums, "tokens": counts}))
+    found = pd.concat(found or [pd.DataFrame(columns=LOSS_COLUMNS)], ignore_index=True)
+    job.partial.put(f"losses of {of}", found)
+    return found
 
 
 def dense_perplexities(job: Job) -> pd.DataFrame:
-    """What the model is worth before anything is removed."""
+    """What the model is worth before anything is removed; its losses belong to no domain."""
     texts = job.prepared.texts
-    found = perplexities(job, texts.heldout, DENSE)
-    return pd.concat([perplexity_rows(DENSE, label, {text: found[text] for text in texts.judged(label)}) for label in texts.labels], ignore_index=True)
+    found = text_losses(job, DENSE, "", texts.heldout)
+    return pd.concat([perplexity_rows(DENSE, label, found[found.text == text], job.config.seed) for label in texts.labels
+                      for text in texts.judged(label)] or [rows()], ignore_index=True)
 
 
-def perplexity_rows(method: str, label: str, found: Mapping[str, Estimate]) -> pd.DataFrame:
+def perplexity_rows(method: str, label: str, found: pd.DataFrame, seed: int) -> pd.DataFrame:
     """Perplexities as a piece of metrics.parquet."""
-    return rows(*((method, label, text, "perplexity", float(e), e.low, e.high, e.n) for text, e in found.items()))
+    figures = ((text, of_windows(windows.loss.to_numpy(), windows.tokens.to_numpy(), seed)) for text, windows in found.groupby("text", sort=False))
+    return rows(*((method, label, text, "perplexity", float(e), e.low, e.high, e.n) for text, e in figures))
 
 
 def described(model, method: str, label: str, masks) -> pd.DataFrame:

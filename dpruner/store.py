@@ -267,6 +267,10 @@ class Run:
         """One row per method, domain and matrix, row, column or head."""
         return read_table(self.folder / "stats.parquet")
 
+    def losses(self) -> pd.DataFrame:
+        """One row per window of held-out text and model: method, domain ("" of the dense model), text, window, loss in nats, tokens."""
+        return read_table(self.folder / "losses.parquet")
+
     def metrics(self) -> pd.DataFrame:
         """One row per figure: method, domain, text, metric, value, low, high, n."""
         return read_table(self.folder / "metrics.parquet")

@@ -20,7 +20,7 @@ def main():
         while worker.state(run)["state"] in ("queued", "running"):
             time.sleep(1)
         for theme in ("light", "dark"):
-            with served(runs, cache, theme) as address, browser() as chromium:
+            with served(runs, cache) as address, browser() as chromium:
                 page = chromium.new_page(viewport={"width": 1280, "height": 1000}, color_scheme=theme)
                 for name in PAGES:
                     page.goto(f"{address}/{name}")

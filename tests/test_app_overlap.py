@@ -213,4 +213,4 @@ def test_damaged_ranks_are_named_and_the_rest_goes_on(run):
 
 def test_where_nothing_is_kept_there_is_no_overlap(run):
     page = opened(sparsity=100)
-    assert "nothing is kept" in page.error[0].value and not page.exception
+    assert "nothing is kept" in page.info[0].value and not page.error and not page.exception and not page.get("plotly_chart")

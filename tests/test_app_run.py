@@ -134,9 +134,9 @@ def test_failed_killed_and_damaged_runs_are_one_sentence_each_and_the_page_goes_
     written(runs / "20300103-damaged")
     (runs / "20300103-damaged" / "status.json").write_text("{")
     at = opened()
-    assert "**20300101-failed** The model 'x' could not be loaded: it is gated; log in." in words(at)
-    assert "**20300102-killed** The run stopped in the middle: " in words(at)
-    assert "**20300103-damaged** The file" in words(at) and "it is damaged or of another format; delete it and run again." in words(at)
+    assert "**20300101-failed** · The model 'x' could not be loaded: it is gated; log in." in words(at)
+    assert "**20300102-killed** · The run stopped in the middle: " in words(at)
+    assert "**20300103-damaged** · The file" in words(at) and "it is damaged or of another format; delete it and run again." in words(at)
     assert len(at.error) == 3 and at.dataframe and not start(at).disabled
 
 

@@ -92,7 +92,7 @@ def test_the_run_folder_holds_what_the_design_says_and_nothing_else(small):
     masks |= {f"dpruner@{domain}~{half}" for domain in small.config.domains for half in (1, 2)}
     ranks = masks | {f"{side}@{domain}" for side in ("domain", "general") for domain in small.config.domains}
     names = {f"{kind}/{name}.safetensors" for kind, of in (("masks", masks), ("ranks", ranks), ("edges", ranks)) for name in of}
-    assert files_in(small.run.folder) == names | {"run.json", "status.json", "stats.parquet", "metrics.parquet"}
+    assert files_in(small.run.folder) == names | {"run.json", "status.json", "stats.parquet", "metrics.parquet", "losses.parquet"}
     assert small.run.pairs() == sorted((method, domain) for method in small.config.methods for domain in small.config.domains)
     assert [path.parts[0] for path in map(Path, files_in(small.cache))] == ["general"]
     assert not half_written(small.runs, small.cache)

@@ -9,7 +9,7 @@ import streamlit as st
 from analysis import figures, overlap, similarity, tiles, weights
 from analysis.chart import number, percent
 from analysis.matrices import read_ranks
-from analysis.sparsity import threshold
+from analysis.sparsity import threshold, told
 from app import data, state, widgets
 from dpruner.errors import InputError
 from dpruner.masks import BINS
@@ -90,7 +90,7 @@ def choose(selected: state.Selection) -> Look:
     masks = (mine,) if name == ALONE else (mine, choices[name])
     own = file_kind(masks, selected.sparsity)
     st.caption("Shown: the masks as the run made them." if own else
-               f"Shown: masks cut from the ranks at {percent(selected.sparsity, 0)} of every matrix.")
+               f"Shown: masks cut from the ranks at {told(selected.sparsity)} of every matrix.")
     files = tuple(data.mask_stamp(mask.run, mask.method, mask.domain, own) for mask in masks)
     return Look(masks, files, None if own else selected.sparsity, selected.matrix, data.flipped(selected.run, selected.matrix),
                 data.shape(selected.run, selected.matrix), f"layer {selected.block}, {selected.module}")

@@ -32,7 +32,7 @@ def masks() -> None:
     """What the mask removes of every matrix, where that differs."""
     totals = data.totals(run, method, domain)
     if not own:
-        st.markdown(f"Masks of **{percent(selected.sparsity, 0)}** sparsity, cut from the ranks of **{method}** for **{domain}**, "
+        st.markdown(f"Masks of **{sparsity.told(selected.sparsity)}** sparsity, cut from the ranks of **{method}** for **{domain}**, "
                     f"one threshold for each matrix.")
         return
     removed = 1 - totals.kept.sum() / totals.weights.sum()

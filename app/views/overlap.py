@@ -4,6 +4,7 @@ import streamlit as st
 
 from analysis import figures, overlap, tiles
 from analysis.chart import percent
+from analysis.sparsity import told
 from app import data, state, widgets
 from dpruner.formulas import DEFAULT_LAM
 
@@ -175,6 +176,12 @@ def lambdas() -> None:
         st.caption(f"What another λ would have changed in {here} cannot be told: the matrix is too small for its scores to be found again.")
 
 
+if selected.sparsity in (0, 1):
+    st.info(f"At {percent(selected.sparsity, 0)} sparsity {'nothing is removed' if selected.sparsity == 0 else 'nothing is kept'}, so both importances "
+            "agree on every weight. Choose a sparsity in between at the left.")
+    st.stop()
+st.caption(f"All masks of this page are cut from ranks at {told(selected.sparsity)}. The method chosen at the left plays no part here: the two "
+           "importances and the dual score belong to **dpruner**.")
 for part in (kept_sets, the_plane, lambdas):
     with widgets.guarded():
         part()

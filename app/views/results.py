@@ -10,14 +10,14 @@ import torch
 from analysis import comparisons, results, weights
 from analysis.chart import listed, number
 from app import data, resident, state, widgets
-from dpruner import export, generate
+from dpruner import export, generate, metrics
 from dpruner.errors import InputError
 from dpruner.loading import stored_precision
 
 ROUNDS, TOKENS, WARM = 6, 24, 8   # of the measurement of speed; tokens before each that do not count
 PROMPT = "The history of the Roman Empire"
-VERDICTS = {results.SAME: "**inside the noise**: the 95 % intervals overlap, so this held-out text cannot tell them apart",
-            results.HIGHER: "**worse**, beyond the 95 % intervals", results.LOWER: "**better**, beyond the 95 % intervals"}
+VERDICTS = {metrics.NOISE: "**inside the noise**, so this held-out text cannot tell them apart", metrics.WORSE: "**worse**, beyond the noise",
+            metrics.BETTER: "**better**, beyond the noise"}
 
 st.title("Results")
 selected = state.selection()
@@ -27,7 +27,7 @@ run, method, domain = selected.run, selected.method, selected.domain
 mine = f"{method}@{domain}"
 if not data.own_masks(run, selected.sparsity):
     st.caption(f"What was measured belongs to the run's own masks, at {run.config['sparsity']:.0%} sparsity; "
-               "the slider in the sidebar changes nothing here.")
+               "the slider at the left changes nothing here.")
 
 
 def kinds(table: pd.DataFrame) -> dict[str, str]:
@@ -53,27 +53,30 @@ def quality() -> None:
     if table.empty:
         st.info("This run has not been evaluated, so there is no quality to show. Start it again with *evaluate* switched on.")
         return
-    metrics, words = data.metrics(run), kinds(table)
-    rows = metrics[(metrics.metric == results.PERPLEXITY) & (metrics.domain == domain)]
+    figures, words = data.metrics(run), kinds(table)
+    rows = figures[(figures.metric == results.PERPLEXITY) & (figures.domain == domain)]
     made = comparisons.quality(rows.assign(text=rows.text.map(words)))
     widgets.chart(entitled(made, f"Perplexity of every method, pruned for {domain}"), "results-quality")
-    others = results.against_others(table, method)
+    gaps = data.against(run, method, domain)
     for r in table[table.method == method].itertuples():
+        gap = gaps[resident.DENSE][r.text]
         st.markdown(f"- **{mine}** on {words[r.text]}: {number(r.value)} ({number(r.low)} to {number(r.high)}), dense {number(r.dense)} "
-                    f"({number(r.dense_low)} to {number(r.dense_high)}), {r.ratio:.3f} times as high: {VERDICTS[r.verdict]}."
-                    + beside(others[r.text]))
+                    f"({number(r.dense_low)} to {number(r.dense_high)}). On the same windows that is **{100 * gap:+.1f} %** (95\u00a0%: "
+                    f"{100 * gap.low:+.1f} to {100 * gap.high:+.1f}) against dense: {VERDICTS[metrics.verdict(metrics.PERPLEXITY, gap)]}.")
+    beside(gaps, words)
     st.caption("Perplexity on held-out text, which pruning has not seen: lower is better. Intervals say how far other texts of the same kind might "
-               "have moved each figure. All figures are measured on the same windows, so overlapping intervals are a cautious rule: more "
-               "held-out documents (*eval documents*) make them narrower.")
+               "have moved each figure. Differences are taken on the same windows of text, so what makes a window hard for both does not blur "
+               "them; more held-out documents make all intervals narrower.")
 
 
-def beside(others: dict[str, list[str]]) -> str:
-    """The other methods, by what can be said of them."""
-    told = [f"better than {listed(others[results.LOWER])}" if others[results.LOWER] else "",
-            f"worse than {listed(others[results.HIGHER])}" if others[results.HIGHER] else "",
-            f"not to be told apart from {listed(others[results.SAME])}" if others[results.SAME] else ""]
-    told = [t for t in told if t]
-    return f" Among the methods: {', '.join(told)}." if told else ""
+def beside(gaps: dict[str, dict], words: dict[str, str]) -> None:
+    """The selected method against every other one, window by window."""
+    rows = [{"on": words[text], "against": other, "perplexity": f"{100 * gap:+.1f} %", "95 % interval": f"{100 * gap.low:+.1f} to {100 * gap.high:+.1f} %",
+             f"{mine} is": metrics.verdict(metrics.PERPLEXITY, gap)} for other, found in gaps.items() for text, gap in found.items()
+            if other != resident.DENSE and text in words]
+    if rows:
+        st.markdown(f"**{mine} against the other methods**, on the same windows")
+        st.dataframe(pd.DataFrame(rows), hide_index=True, key="results-against")
 
 
 def over_sparsity() -> None:
@@ -90,8 +93,8 @@ def over_sparsity() -> None:
     if left_out:
         st.caption(f"Left out, because they were judged on other held-out windows: {listed(left_out, 4)}.")
     if table[table.method != results.DENSE].sparsity.nunique() < 2:
-        st.info(f"All finished runs of this model for {domain} have one sparsity. Start a run at another one on the page **Run**: "
-                "they meet here.")
+        st.info(f"All finished runs of this model for {domain} have one sparsity. Start a run at another one, "
+                "judged on as many held-out documents, on the page **Run**: they meet here.")
         return
     made = comparisons.quality(table.assign(method=table.series), x="sparsity", series="method")
     widgets.chart(entitled(made, f"Perplexity on {text} text against sparsity, pruned for {domain}"), "results-sparsity")
@@ -275,9 +278,9 @@ def summary(folder) -> None:
 def table() -> None:
     """metrics.parquet as it is."""
     st.subheader("All figures of this run")
-    metrics = data.metrics(run)
-    st.dataframe(metrics, hide_index=True, height=320)
-    take_csv("metrics.csv", metrics.to_csv(index=False), f"{run.id}-metrics.csv", "results-metrics-csv")
+    figures = data.metrics(run)
+    st.dataframe(figures, hide_index=True, height=320)
+    take_csv("metrics.csv", figures.to_csv(index=False), f"{run.id}-metrics.csv", "results-metrics-csv")
     st.caption("One row for each figure: for which mask (method, domain), on which text, its value with a 95 % interval where it is estimated, "
                "and n, how many windows of text or weights it rests on.")
 

@@ -7,7 +7,8 @@ import pandas as pd
 import streamlit as st
 
 from analysis import comparisons, figures, matrices, similarity
-from analysis.chart import listed, percent
+from analysis.chart import counted, listed, percent
+from analysis.sparsity import told
 from app import data, state, widgets
 from dpruner.errors import InputError
 from dpruner.store import Run
@@ -90,19 +91,31 @@ def enlarged(counts: similarity.Counts, by: str, group, top: np.ndarray | None, 
     verdict(matrix, floor, top)
     drawn = comparisons.similarity_heatmap(matrix, counts.labels, floor, top, measure, where)
     if drawn is None:
-        st.info(f"These masks are the same, weight by weight, in {where}: there is nothing to draw.")
+        st.info(f"These masks are the same, weight by weight, in {where}: there is nothing to draw. A method that looks at no text of the domain, "
+                "such as magnitude, prunes alike for every domain.")
         return
     widgets.chart(drawn, f"{key}-heatmap")
     pairs = similarity.pairs(counts.within(matrices.groups(counts.names, by)[group]))
     if top is not None:
         pairs["ceiling"] = top[np.triu_indices(len(top), 1)]
+        if measure == "jaccard" and pairs.ceiling.notna().all():
+            conclusion(pairs)
     widgets.chart(comparisons.pair_dots(pairs, None, measure, similarity.mean_of_pairs({0: floor})[0]), f"{key}-dots")
+
+
+def conclusion(pairs: pd.DataFrame) -> None:
+    """What the pairs say about domains, by their intervals over the model's matrices."""
+    below = int((pairs.high < pairs.ceiling).sum())
+    st.markdown((f"**{below} of {counted(len(pairs), 'pair')}** {'lies' if below == 1 else 'lie'} below *same domain* with the whole 95 % interval: there the "
+                 "masks differ by more than two samples of one domain's text would make them." if below else
+                 "**No pair** lies below *same domain* with its whole 95 % interval: on these texts, masks for different domains differ no more than "
+                 "masks from two halves of one domain's text. More calibration text, or a higher sparsity, may tell them apart."))
 
 
 def the_map(counts: similarity.Counts, measure: str, masks: list[Mask], which: str) -> None:
     """The masks as points in the plane."""
     if len(counts.labels) < 3:
-        st.info(f"A map needs at least three masks; there are {len(counts.labels)}. Their distance is the number above.")
+        st.info(f"A map needs at least three masks; there are {len(counts.labels)}. How alike they are is the number above.")
         return
     points, shown = similarity.domain_points(similarity.similarity(counts, measure)["model"], counts.labels)
     if which == "all":
@@ -173,7 +186,7 @@ def beside_open_domain(runs: list[Run], sparsity: float, measure: str) -> None:
         return
     general = list(general.values())
     st.markdown("**Left**: what the open-domain importance and each domain's own importance would keep, each for itself. **Right**: what the domain masks "
-                f"keep, for which D-Pruner joins the two in one score. All are cut from ranks at {percent(sparsity, 0)}.")
+                f"keep, for which D-Pruner joins the two in one score. All are cut from ranks at {told(sparsity)}.")
     before, missing = count(general + alone, sparsity)
     after, gone = count(general + joined, sparsity)
     told_missing(missing + gone)
@@ -245,7 +258,7 @@ def page() -> None:
         told_missing(missing)
         masks = [mask for mask in masks if mask not in missing]
         st.caption(f"Shown: the masks as the run{'s' if len(runs) > 1 else ''} made them." if own else
-                   f"Shown: masks cut from the ranks at {percent(selected.sparsity, 0)} of every matrix. Move the slider to the run's own sparsity for its "
+                   f"Shown: masks cut from the ranks at {told(selected.sparsity)} of every matrix. Move the slider to the run's own sparsity for its "
                    "very masks.")
         if view == "model":
             top = ceilings(masks, sparsity, measure, "model").get("model")
