@@ -78,7 +78,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(name, llama, tmp_pa
         else:
             process = started(run.folder)
             process.join(60)
-        assert run.status["state"] == "done"
+        assert run.status["state"] == "done", run.status["error"]
         assert content(run) == content(whole)
 
 
