@@ -20,7 +20,7 @@ from dpruner.model import prunable_linears, stored_transposed
 from dpruner.obs import sweep
 from dpruner.walk import linear_inputs, stack
 
-LAMBDAS = tuple(10.0**power for power in range(-2, 10))
+LAMBDAS = tuple(10.0**power for power in range(-2, 12))
 SMALL = (8, 12)   # rows and columns of the block whose compensation is shown column by column
 
 

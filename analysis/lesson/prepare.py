@@ -38,7 +38,7 @@ SENTENCE = "The patient was treated with antibiotics for a bacterial infection."
 SPARSITY = 0.5                                # of masks that are looked at weight by weight
 STRONG = 0.7                                  # at which the three texts of the beginning are written: the model is small, and forgives less than this
 STEPS = tuple(s / 10 for s in range(10))      # sparsities at which the model is seen falling apart
-WINDOW, NEW_TOKENS = 256, 28
+WINDOW, DOCUMENTS, NEW_TOKENS = 256, 2, 28     # tokens a window of held-out text, documents of it, tokens of a text
 ROUNDS, ROUND_TOKENS = 4, 16                  # of the measurement of speed
 ANOTHER = "~another"                          # a second random mask, where a run has drawn the same for all domains
 
@@ -131,7 +131,7 @@ def judged(job: Job) -> list[dict]:
     window = min(WINDOW, max_length(model) or WINDOW)
 
     def row(name: str) -> dict:
-        found: Estimate = perplexity(model, tokenizer, texts.heldout[name], window, window, seed=job.config.seed)
+        found: Estimate = perplexity(model, tokenizer, texts.heldout[name][:DOCUMENTS], window, window, seed=job.config.seed)
         return {"domain": DOMAIN, "text": name, "metric": "perplexity", "value": float(found), "low": found.low, "high": found.high, "n": found.n}
 
     return [row(name) for name in texts.judged(DOMAIN)]
