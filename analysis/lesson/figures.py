@@ -1,6 +1,7 @@
 """The lesson's own figures: a tile of single weights that writes its arithmetic out, compensation column by column, what λ changes."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -34,10 +35,10 @@ def tile(shown: np.ndarray, origin: tuple[int, int], values: dict[str, np.ndarra
     rows, inputs = y + origin[0], x + origin[1]
     with np.errstate(divide="ignore"):
         z = shown if around_zero else np.where(shown > 0, np.log10(shown.astype(np.float64)), np.nan)
-    figure = new_figure(height=540, margin={"t": 20, "r": 10})
+    figure = new_figure(height=560, margin={"t": 10, "r": 10})
     colours = {"colorscale": AROUND, "zmid": 0} if around_zero else {"colorscale": AMOUNTS}
     figure.add_trace(go.Heatmap(x=np.arange(shown.shape[1]) + origin[1], y=np.arange(shown.shape[0]) + origin[0], z=z.astype(np.float32),
-                                hoverinfo="skip", colorbar=colour_bar(quantity if around_zero else f"{quantity} (power of ten)"), **colours))
+                                hoverinfo="skip", colorbar=flat_bar(quantity if around_zero else f"{quantity} (power of ten)"), **colours))
     for flags, marker in ((removed, {"symbol": "x-thin", "size": 6, "line": {"color": GREY, "width": 1}}),
                           (flipped, {"symbol": "square-open", "size": MARK, "color": VERMILLION, "line": {"width": 2.5}})):
         if flags is not None and flags.any():
@@ -59,6 +60,21 @@ def tile(shown: np.ndarray, origin: tuple[int, int], values: dict[str, np.ndarra
     return Chart(title, figure, table, how, alt)
 
 
+def flat_bar(title: str) -> dict:
+    """A colour bar below the picture, so that a square may be as wide as its place."""
+    return {"title": {"text": title, "side": "bottom"}, "orientation": "h", "outlinewidth": 0, "thickness": 10, "y": -0.16, "yanchor": "top"}
+
+
+def compact(made: Chart | None, title: str, height: int = 520) -> Chart | None:
+    """A chart for half a page: its colour bar below, under a shorter title."""
+    if made is None:
+        return None
+    figure = go.Figure(made.figure).update_layout(height=height, margin={"t": 10, "l": 50, "r": 10})
+    for trace in figure.select_traces(selector={"type": "heatmap"}):
+        trace.update(colorbar=flat_bar(trace.colorbar.title.text))
+    return replace(made, title=title, figure=figure)
+
+
 # ---- compensation
 
 
@@ -73,7 +89,7 @@ def compensation(found: Compensation, inputs: Sequence[int]) -> Chart:
     figure = new_figure(height=470, showlegend=False, margin={"t": 20, "b": 110},
                         xaxis2={"domain": [0.76, 1], "anchor": "y2"}, yaxis2={"anchor": "x2", "side": "right"})
     traces = [_frame(found, done, most) for done in range(steps)]
-    figure.add_traces(traces[0])
+    figure.add_traces(traces[-1])   # complete before anybody presses Play
     figure.frames = [go.Frame(data=frame, name=str(done), traces=[0, 1, 2]) for done, frame in enumerate(traces)]
     figure.update_layout(
         xaxis={"domain": [0, 0.66], "title": "column (input of the layer)", "showgrid": False, "tickvals": list(range(across)),
@@ -81,10 +97,9 @@ def compensation(found: Compensation, inputs: Sequence[int]) -> Chart:
         yaxis={"title": "row (output)", "showgrid": False, "autorange": "reversed", "dtick": 1},
         xaxis2={"showgrid": False}, yaxis2={"title": "share of the output lost", "tickformat": ".0%", "range": [0, 1.15 * max(found.plain.max(), 1e-9)]},
         updatemenus=[{"type": "buttons", "direction": "left", "x": 0, "y": -0.24, "xanchor": "left", "yanchor": "top", "pad": {"r": 8}, "buttons": [
-            {"label": "▶ Play", "method": "animate", "args": [None, {"frame": {"duration": 700, "redraw": True}, "transition": {"duration": 0},
-                                                                    "fromcurrent": True}]},
+            {"label": "▶ Play", "method": "animate", "args": [None, {"frame": {"duration": 700, "redraw": True}, "transition": {"duration": 0}}]},
             {"label": "❚❚ Pause", "method": "animate", "args": [[None], {"mode": "immediate", "frame": {"duration": 0, "redraw": False}}]}]}],
-        sliders=[{"x": 0.22, "len": 0.44, "y": -0.2, "currentvalue": {"prefix": "columns done: "}, "steps": [
+        sliders=[{"active": steps - 1, "x": 0.22, "len": 0.44, "y": -0.2, "currentvalue": {"prefix": "columns done: "}, "steps": [
             {"label": str(done), "method": "animate", "args": [[str(done)], {"mode": "immediate", "frame": {"duration": 0, "redraw": True},
                                                                             "transition": {"duration": 0}}]} for done in range(steps)]}])
     table = pd.DataFrame({"columns done": range(steps), "lost by zeros alone": found.plain, "lost with compensation": found.moved})
@@ -167,7 +182,7 @@ def fall(table: pd.DataFrame, sparsity: float) -> Chart:
         figure.add_trace(level_line(float(rows["value"].iloc[0]), 0, 0.9, f"dense, {text}", style["color"]))
     figure.add_vline(x=sparsity, line={"color": VERMILLION, "width": 2})
     figure.update_xaxes(title="sparsity (share removed)", tickformat=".0%", dtick=0.1)
-    figure.update_yaxes(title="perplexity (lower is better)", type="log", dtick="D1")
+    figure.update_yaxes(title="perplexity (lower is better)", type="log", dtick="D2")
     ends = table.groupby("text", sort=False)["value"].agg(["first", "last"])
     alt = "Perplexity from 0 to 90 % sparsity: " + "; ".join(f"{text} text from {number(r['first'])} to {number(r['last'])}" for text, r in ends.iterrows()) + "."
     how = "Long nothing happens, then everything at once: mind the logarithmic axis. Dashed lines are the dense model."

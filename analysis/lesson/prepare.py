@@ -40,7 +40,6 @@ STRONG = 0.7                                  # at which the three texts of the 
 STEPS = tuple(s / 10 for s in range(10))      # sparsities at which the model is seen falling apart
 WINDOW, DOCUMENTS, NEW_TOKENS = 256, 2, 28     # tokens a window of held-out text, documents of it, tokens of a text
 ROUNDS, ROUND_TOKENS = 4, 16                  # of the measurement of speed
-ANOTHER = "~another"                          # a second random mask, where a run has drawn the same for all domains
 
 PARTS = ("layer.safetensors", "words.json", "fall.json", "sentence.safetensors", "flips.json", "modules.json", "alike.safetensors", "cost.json")
 # stages by cost, about seconds on two cores
@@ -174,6 +173,7 @@ def alike(job: Job, runs: Path, G: Scores, path: Path) -> None:
     config = RunConfig.from_dict(base.config)
     labels = [d for d in config.domains]
     files = {label: base.path("ranks", "dpruner", label) for d in labels for label in (d, f"{d}~1", f"{d}~2")}
+    files |= {f"{d} alone": base.path("ranks", "domain", d) for d in labels}
     files |= {f"random {n}": base.path("ranks", "random", d) for n, d in enumerate(labels[:2], 1)}
     counts = [similarity.count_ranks(files, sparsity) for sparsity in STEPS[1:]]
     job.status.step("similarity", 1, 1)

@@ -43,7 +43,7 @@ def column(run: Run) -> None:
 
 
 COLUMN = Step(
-    "column", "Compensation", "How do the others make up for a weight that goes?", ("layer.safetensors",), column,
+    "Columns", "How do the others make up for a weight that goes?", ("layer.safetensors",), column,
     "Press Play, then move the slider back to 1 and forward again: which cells change when the first column is done? Then remove 75 % instead of 50 %.",
     "Why do only columns to the right move, and only in the same row?",
     "A row of W makes one output by itself, so rows do not interact. Columns to the left are done: going back to them would mean to solve everything anew, "

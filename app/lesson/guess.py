@@ -15,6 +15,10 @@ from dpruner.errors import InputError
 from dpruner.store import Run
 
 
+BOTH = "general + domain"
+SIDES = {BOTH: "", "the domain alone": " alone"}   # what its labels end with
+
+
 def pairs_of(counts: similarity.Counts, domains: list[str]) -> pd.DataFrame:
     """Every two domains' masks, with the ceiling of each pair: the mean of what the halves of either share."""
     found = similarity.pairs(counts.only(domains))
@@ -86,7 +90,7 @@ def verdict(guess, truth, words: str) -> None:
 
 
 PREDICT = Step(
-    "predict", "Predict", "Predict first, then look", ("alike.safetensors", "modules.json"), predict,
+    "Predict", "Predict first, then look", ("alike.safetensors", "modules.json"), predict,
     "Vote with hands before anyone clicks. Write the class's numbers on the board: being surprised is what makes it stay.",
     "Two masks that keep 20 % each share 20 % of what either keeps. Is that much?",
     "Two random masks that keep 20 % share 0.04 / 0.36 = 11 %. So it is more than chance, but most of what they keep is not shared. Without the floor the "
@@ -119,8 +123,10 @@ def alike(run: Run) -> None:
     selected = mine()
     if selected is None:
         share = st.slider("Sparsity (% removed)", 10, 90, 50, 10, key="learn-alike", bind="query-params") / 100
+        which = st.segmented_control("Masks of", list(SIDES), default=BOTH, key="learn-sides", bind="query-params", required=True,
+                                     help="The dual score regards the open domain as well, which is the same for all domains.")
         counts, domains = job.counts(run, share)
-        table = pairs_of(counts, domains)
+        table = pairs_of(counts, [f"{d}{SIDES[which]}" for d in domains])
     else:
         share, table = selected.sparsity, own_pairs(selected)
     if (table.jaccard == 1).all():
@@ -133,16 +139,17 @@ def alike(run: Run) -> None:
     cells[2].metric("Ceiling: halves of one domain", f"{ceiling:.3f}" if np.isfinite(ceiling) else "unknown")
     cells[3].metric("From floor to ceiling", percent(similarity.of_the_way(mean, floor, ceiling), 0))
     widgets.chart(comparisons.pair_dots(table), "learn-alike-dots")
-    formula(r"J_\text{floor} \;\le\; J \;\le\; J_\text{ceiling}, \qquad \text{of the way} = \frac{J - J_\text{floor}}{J_\text{ceiling} - J_\text{floor}}", {
+    formula(r"\text{from floor to ceiling} = \frac{J - J_\text{floor}}{J_\text{ceiling} - J_\text{floor}}", {
         "J": "a dot: what the masks of two domains share",
         r"J_\text{floor}": f"the line at the left: what random masks share that keep as much, {floor:.3f} at {share:.0%}",
-        r"J_\text{ceiling}": "the marks at the right: what masks share that were made from two halves of the same domain's text. No two domains can be "
-                             "expected to share more than a domain shares with itself"})
+        r"J_\text{ceiling}": "the marks at the right: what masks share that were made from two halves of the same domain's text. Two domains are "
+                             "as alike as can be when they share that much. Each half has only half the text, so the true ceiling lies a little higher, "
+                             "and a pair may come out above it"})
 
 
 ALIKE = Step(
-    "alike", "Similarity", "How alike are two domains, really?", ("alike.safetensors",), alike,
-    "Move the sparsity from 10 % to 90 %. The similarity falls; does the way from floor to ceiling fall as well?",
+    "Similarity", "How alike are two domains, really?", ("alike.safetensors",), alike,
+    "Compare **general + domain** with **the domain alone**: where do the masks of two domains differ more, and why? Then move the sparsity to 90 %.",
     "A paper reports that the masks of two domains share 60 %. What two numbers do you ask for?",
     "What random masks of that sparsity would share (the floor), and what two masks of the same domain share when each is made from half of its text "
     "(the ceiling). If the ceiling is 62 %, the domains are as alike as a domain is to itself; if it is 95 %, they differ much.",

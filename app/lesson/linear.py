@@ -2,14 +2,15 @@
 
 import streamlit as st
 
+from analysis.chart import percent
 from analysis.lesson import arithmetic, figures
 from app import widgets
 from app.lesson import job
-from app.lesson.step import Step, cell, formula, take_click, window
+from app.lesson.step import Step, cell, formula, take_click, window, written_out
 from dpruner.hessian import dampen
 from dpruner.store import Run
 
-VIEWS = {"weights": "a) The weights W", "inputs": "b) What flows in, H", "own": "c) What is an input's own", "importance": "d) What removal costs, G"}
+WEIGHTS, INPUTS, OWN, COST = VIEWS = ("a: weights W", "b: inputs H", "c: an input's own", "d: cost G")
 
 
 def linear(run: Run) -> None:
@@ -18,20 +19,20 @@ def linear(run: Run) -> None:
     W, H, U, seen, G = (found[name].numpy() for name in ("W", "H", "U", "seen", "G"))
     st.markdown(f"This is `{told['name'].removesuffix('.weight')}`, the first linear of the model: {W.shape[0]} outputs, {W.shape[1]} inputs, "
                 f"{W.size:,} weights. A tile of 32 × 32 of them is shown. Go through the four pictures from left to right.")
-    view = st.segmented_control("Picture", list(VIEWS), default="weights", format_func=VIEWS.get, key="learn-view", bind="query-params", required=True)
+    view = st.segmented_control("Picture", VIEWS, default=WEIGHTS, key="learn-view", bind="query-params", required=True)
     left, right = st.columns([3, 2], gap="medium")
     with right:
         row, column, origin = cell(W.shape)
     rows, columns = window(origin)
     clicked = {"on_select": lambda: take_click("learn-tile"), "selection_mode": "points"}
     with left:
-        if view == "weights":
+        if view == WEIGHTS:
             widgets.chart(figures.tile(
                 W[rows, columns], origin, {"w": W[rows, columns]}, "row %{customdata[0]}, column %{customdata[1]}<br>w = %{customdata[2]:.4g}",
                 title="A tile of W", quantity="weight", around_zero=True, chosen=(row, column),
                 how="Every cell is one weight: how strongly one input (column) goes into one output (row). Orange and violet are the two signs, pale is "
                     "near zero."), "learn-tile", **clicked)
-        elif view == "inputs":
+        elif view == INPUTS:
             square = slice(columns.start, columns.stop)
             widgets.chart(figures.tile(
                 H[square, square], (origin[1], origin[1]), {"H": H[square, square]},
@@ -39,7 +40,7 @@ def linear(run: Run) -> None:
                 quantity="H", around_zero=True, chosen=(column, column), axes=("input", "input"),
                 how="The diagonal says how strong an input is on open-domain text; off it stands how much two inputs move together, or against each other."),
                 "learn-tile-inputs")
-        elif view == "own":
+        elif view == OWN:
             widgets.chart(figures.own_share(dampen(found["H"]).diagonal().numpy()[columns], 1 / U.diagonal()[columns] ** 2, columns.start, column),
                           "learn-own")
         else:
@@ -49,16 +50,14 @@ def linear(run: Run) -> None:
                 "(%{customdata[3]:.4g})² = %{customdata[4]:.4g}", title="General importance of the same tile", quantity="G", chosen=(row, column),
                 how="The brighter, the more the layer's output on open-domain text loses without the weight. Bright columns are strong inputs that no "
                     "other input can stand in for."), "learn-tile", **clicked)
+    at_column, rank = float(U[column, column]), float((G < G[row, column]).mean())
     with right:
-        w, at_column = float(seen[row, column]), float(U[column, column])
-        st.markdown(f"**The weight in row {row}, column {column}**")
-        st.latex(rf"W_{{{row},{column}}} = {arithmetic.tex(float(W[row, column]))}")
-        st.latex(arithmetic.hessian_entry(float(H[column, column]), column, column))
-        st.latex(rf"\frac1{{U_{{{column},{column}}}^2}} = {arithmetic.tex(1 / at_column**2)}")
-        st.latex(arithmetic.general(row, column, w, at_column, float(G[row, column])))
-        rank = float((G < G[row, column]).mean())
-        st.markdown(f"{rank:.1%} of the matrix's weights cost less. At 50 % sparsity by G alone it would "
-                    f"{'stay' if rank >= 0.5 else 'go'}.")
+        st.markdown(f"In row {row}, column {column}, **{percent(rank)}** of the matrix's weights cost less than this one. At 50 % sparsity by G alone it "
+                    f"would **{'stay' if rank >= 0.5 else 'go'}**. Its arithmetic stands below.")
+    written_out(row, column, [
+        rf"W_{{{row},{column}}} = {arithmetic.tex(float(W[row, column]))} \qquad {arithmetic.hessian_entry(float(H[column, column]), column, column)}"
+        rf" \qquad \frac1{{U_{{{column},{column}}}^2}} = {arithmetic.tex(1 / at_column**2)}",
+        arithmetic.general(row, column, float(seen[row, column]), at_column, float(G[row, column]))], "Pictures a to d, from left to right:")
     formula(r"H = \frac2n\sum_t x_t x_t^{\mathsf T}, \qquad H^{-1} = U^{\mathsf T}U, \qquad G_{ij} = \frac{\hat w_{ij}^2}{U_{jj}^2}", {
         "x_t": "what enters the layer at the t-th of n calibration tokens of open-domain text",
         "H": "picture b: the Hessian of the layer's squared output error, a little is added to its diagonal",
@@ -69,7 +68,7 @@ def linear(run: Run) -> None:
 
 
 LINEAR = Step(
-    "linear", "One linear", "What does the removal of one weight cost?", ("layer.safetensors",), linear,
+    "Linear", "What does the removal of one weight cost?", ("layer.safetensors",), linear,
     "Find a large weight with a small G: look for a strong colour in picture a in a dark column of picture d. Why is it cheap?",
     "Two weights of a row have the same size, and one costs ten times the other. What differs?",
     "Their inputs. G is the square of the weight times what is its input's own, 1/U²: an input that is weak, or that other inputs can stand in for, "

@@ -9,6 +9,7 @@ import streamlit as st
 from analysis import figures, overlap, tiles
 from analysis.chart import percent
 from analysis.lesson import prepare
+from analysis.lesson.figures import compact
 from analysis.sparsity import at_least, threshold
 from app import data, widgets
 from app.lesson import job
@@ -60,9 +61,10 @@ def plane(run: Run) -> None:
     histogram = overlap.joint_histogram(found.general, found.domain)
     masks = [at_least(ranks, threshold(at)) for ranks, at in ((found.general, at_general), (found.domain, at_domain))]
     with left:
-        widgets.chart(figures.plane(histogram, at_general, at_domain, GENERAL, DOMAIN, found.words), "learn-plane")
+        widgets.chart(compact(figures.plane(histogram, at_general, at_domain, GENERAL, DOMAIN, found.words), f"The plane of {found.words}"), "learn-plane")
     with right:
-        widgets.chart(tiles.mask_tile(*(mask[:tiles.TILE, :tiles.TILE] for mask in masks), (GENERAL, DOMAIN), found.words), "learn-plane-place")
+        window = (mask[:tiles.TILE, :tiles.TILE] for mask in masks)
+        widgets.chart(compact(tiles.mask_tile(*window, ("the general side", "the domain side"), found.words), "Where these weights sit"), "learn-plane-place")
     kept = overlap.kept_of_regions(overlap.region_histogram(found.general, found.domain, found.dual, at_general, at_domain), 0.5)
     words = {"both": "both keep", "only A": "only the general side keeps", "only B": "only the domain side keeps", "neither": "neither keeps"}
     st.dataframe(pd.DataFrame({"Region": kept.region.map(words), "Weights": kept.weights, "Share": [percent(w / kept.weights.sum()) for w in kept.weights],
@@ -77,7 +79,7 @@ def plane(run: Run) -> None:
 
 
 PLANE = Step(
-    "plane", "The plane", "Which weights do both sides need, which only one?", ("layer.safetensors",), plane,
+    "Plane", "Which weights do both sides need, which only one?", ("layer.safetensors",), plane,
     "Set the general side to 90 % and the domain side to 50 %. How many weights does only the domain save? Where in the matrix do they sit?",
     "If the two importances had nothing to do with each other, what share would lie in each region at 50 % and 50 %?",
     "A quarter in each: 0.5 × 0.5. More in “both” and “neither” means that they agree. The dual score has to decide about the two regions in which they "

@@ -1,5 +1,6 @@
 """Step 4: the gradient of a sentence, the score it gives, and what λ adds."""
 
+import json
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from analysis.chart import percent
 from analysis.lesson import arithmetic, figures, numbers, prepare
 from app import resident, widgets
 from app.lesson import job
-from app.lesson.step import Step, cell, formula, take_click, window
+from app.lesson.step import Step, cell, formula, take_click, window, written_out
 from dpruner.errors import InputError
 from dpruner.formulas import DEFAULT_LAM, FORMULAS
 from dpruner.model import prunable_linears
@@ -48,7 +49,6 @@ class Read(NamedTuple):
 
 def prepared(run: Run) -> Read:
     """The sentence that comes with the lesson."""
-    import json
     found, told = job.tensors(run, "sentence.safetensors")
     return Read(told["text"], json.loads(told["tokens"]), float(told["loss"]), found["g"])
 
@@ -125,17 +125,12 @@ def sentence(run: Run) -> None:
             "learn-tile", on_select=lambda: take_click("learn-tile"), selection_mode="points")
     with right:
         told_counts(table, name, lam, against, flipped, flipped[rows, columns])
-        st.markdown(f"**The weight in row {row}, column {column}**")
-        one = [float(t[row, column]) for t in (w, g, G)]
-        S = float(here["S"][row, column])
-        if name == "balanced":
-            means = float((g.double() * w.double()).square().mean()), float(G.double().mean())
-            lines = arithmetic.balanced(*one, lam, *means, S)
-        else:
-            lines = getattr(arithmetic, name)(*one, lam, S)
-        for line in lines:
-            st.latex(line)
-        st.markdown("It is **kept**." if here["kept"][row, column] else "It is **removed**.")
+    one, S = [float(t[row, column]) for t in (w, g, G)], float(here["S"][row, column])
+    if name == "balanced":
+        lines = arithmetic.balanced(*one, lam, float((g.double() * w.double()).square().mean()), float(G.double().mean()), S)
+    else:
+        lines = getattr(arithmetic, name)(*one, lam, S)
+    written_out(row, column, lines, f"At λ = {lam:g} it is **{'kept' if here['kept'][row, column] else 'removed'}**.")
     if table is not None:
         widgets.chart(figures.lambda_curves(table, name, lam), "learn-lambda")
     formula(LATEX[name], {
@@ -158,19 +153,17 @@ def curves(run: Run, text: str, name: str) -> pd.DataFrame | None:
 
 def told_counts(table: pd.DataFrame | None, name: str, lam: float, against: str, matrix: np.ndarray, tile: np.ndarray) -> None:
     """How many cells flip in the tile, in the matrix, in the model."""
-    st.markdown(f"**Decisions that differ from {COMPARED[against]}**")
-    places = st.columns(3)
-    counted = [("Tile", int(tile.sum()), tile.size), ("Matrix", int(matrix.sum()), matrix.size)]
+    counted = [("tile", int(tile.sum()), tile.size), ("matrix", int(matrix.sum()), matrix.size)]
     if table is not None:
         row = table[(table.formula == name) & np.isclose(table.lam, lam)].iloc[0]
-        counted.append(("Model", int(row[against]), int(row.weights)))
-    for place, (where, flips, of) in zip(places, counted, strict=False):
-        share = flips / of
-        place.metric(where, f"{flips:,}", percent(share, 2) if share >= 1e-4 or not flips else f"{share:.1e}", delta_color="off", delta_arrow="off")
+        counted.append(("model", int(row[against]), int(row.weights)))
+    lines = [f"| {where} | **{flips:,}** | {of:,} | {percent(flips / of, 2) if flips / of >= 1e-4 or not flips else f'{flips / of:.1e}'} |"
+             for where, flips, of in counted]
+    st.markdown("\n".join([f"Decisions that differ from {COMPARED[against]}:\n", "| in the | differ | of | share |", "|---|--:|--:|--:|", *lines]))
 
 
 SENTENCE = Step(
-    "sentence", "A sentence", "What does a sentence need, and what does λ add?", ("layer.safetensors", "sentence.safetensors"), sentence,
+    "Sentence", "What does a sentence need, and what does λ add?", ("layer.safetensors", "sentence.safetensors"), sentence,
     "Move λ through its range with **balanced**, then with **release**. At which λ does the first decision of each change? Then type a sentence of your own.",
     "The published code has λ = 0.1. How many of the model's decisions does it change here, and why?",
     "Next to none: see the ring on the floor of the curve. Its general side is multiplied by 2α²/1000 and comes to about a millionth of the gradient it is "

@@ -18,8 +18,7 @@ class Step:
     """One step of the lesson.
 
     Attributes:
-        key: in the URL.
-        name: in the list of steps, short.
+        name: one word, in the list of steps and in the URL.
         question: what it answers.
         parts: files of the lesson that it needs.
         show: draws its picture and formulas.
@@ -28,7 +27,6 @@ class Step:
         pages: {page of the app: what it shows of this on the user's own run}.
     """
 
-    key: str
     name: str
     question: str
     parts: tuple[str, ...]
@@ -40,17 +38,16 @@ class Step:
 
 
 def draw(step: Step, run: Run) -> None:
-    """A step from its question to the links."""
-    st.subheader(step.question, anchor=False)
+    """A step from its picture to the links."""
     if missing := [part for part in step.parts if part not in job.ready(run)]:
         st.info(f"This step is still being computed and appears here by itself ({len(missing)} of its {len(step.parts)} parts missing). "
                 "Steps that are ready can be read meanwhile.", icon=":material/hourglass:")
     else:
         step.show(run)
     left, right = st.columns(2, gap="medium")
-    with left.container(border=True):
+    with left.container(border=True, height="stretch"):
         st.markdown(f"**:material/touch_app: Try.** {step.trying}")
-    with right.container(border=True):
+    with right.container(border=True, height="stretch"):
         st.markdown(f"**:material/quiz: Check yourself.** {step.check}")
         with st.expander("Answer"):
             st.markdown(step.answer)
@@ -65,7 +62,7 @@ def on_my_run(step: Step) -> None:
     where = {"run": selected.run.id, "method": selected.method, "domain": selected.domain, "block": str(selected.block), "module": selected.module,
              "sparsity": str(round(100 * selected.sparsity))}
     with st.container(horizontal=True):
-        st.markdown(f"**On my run** (`{selected.run.id}`):")
+        st.markdown("**On my run:**", help=f"The run, method, domain, matrix and sparsity chosen at the left: {selected.run.id}")
         for page, words in step.pages.items():
             st.page_link(f"views/{page}.py", label=words, icon=f":material/{ICONS[page]}:", query_params=where)
 
@@ -78,6 +75,19 @@ def formula(latex: str, symbols: dict[str, str]) -> None:
     """
     st.latex(latex)
     st.markdown("  \n".join(f"${symbol}$: {meaning}" for symbol, meaning in symbols.items()))
+
+
+def written_out(row: int, column: int, lines: list[str], words: str) -> None:
+    """The arithmetic of one weight with its own numbers, under its picture.
+
+    Args:
+        lines: LaTeX.
+        words: what follows from it.
+    """
+    with st.container(border=True):
+        st.markdown(f"**The weight in row {row}, column {column}, written out.** {words}")
+        for line in lines:
+            st.latex(line)
 
 
 def mine(label: str = "Show my run instead of the lesson's") -> state.Selection | None:

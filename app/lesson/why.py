@@ -14,7 +14,7 @@ from app.lesson.step import Step, formula
 from dpruner.masks import make_masks
 from dpruner.store import Run
 
-MODELS = {"dense": "The whole model", "general": "Pruned, only general importance asked", "dpruner": "Pruned, general and domain asked"}
+MODELS = {"dense": "Nothing pruned", "general": "Pruned, general", "dpruner": "Pruned, general + domain"}
 
 
 def written(text: str, prompt: str) -> None:
@@ -29,25 +29,26 @@ def why(run: Run) -> None:
     prompts = list(dict.fromkeys(row["prompt"] for row in found["texts"]))
     prompt = st.segmented_control("Beginning of the text", prompts, default=prompts[0], key="learn-prompt", bind="query-params", required=True)
     st.markdown(f"Three versions of one small model go on with the same words. The second and the third have lost **{found['sparsity']:.0%}** of the "
-                f"weights that can be pruned: as many of every matrix, but not the same ones.")
+                f"weights that can be pruned: as many of every matrix, but not the same ones. For the second only text on anything and everything "
+                f"(the open domain) was asked what to keep, for the third text on {prepare.DOMAIN} as well.")
     quality = pd.DataFrame(found["quality"])
     for place, (name, words) in zip(st.columns(3), MODELS.items(), strict=True):
-        with place.container(border=True):
+        with place.container(border=True, height="stretch"):
             st.markdown(f"##### {words}")
             written(next(row["text"] for row in found["texts"] if row["model"] == name and row["prompt"] == prompt), prompt)
             for row in quality[quality.method == name].itertuples():
                 st.markdown(f"Perplexity on {row.text} text: **{number(row.value)}** ({number(row.low)} to {number(row.high)})")
     st.caption(f"**How to read this:** perplexity is how many tokens the model wavers between, as it were, on text it has not seen: lower is better. In "
                f"brackets the 95 % interval. “Domain” here is {prepare.DOMAIN}. Texts are the most probable continuation, word by word.")
+    widgets.chart(comparisons.quality(quality.assign(method=quality.method.map(MODELS))), "learn-why-quality")
     formula(r"\text{remove } \lfloor s\cdot n\rceil \text{ of the } n \text{ weights of every matrix: those with the lowest score } S", {
         "s": f"sparsity, the share that is removed: {found['sparsity']:.0%} here",
         "S": "a score for every weight. The second model asks only what open-domain text loses without the weight; the third asks the domain as well. "
              "How, is the rest of this lesson"})
-    widgets.chart(comparisons.quality(quality.assign(method=quality.method.map(MODELS))), "learn-why-quality")
 
 
 WHY = Step(
-    "why", "Why", "Why prune a model, and why ask a domain?", ("words.json",), why,
+    "Why", "Why prune a model, and why ask a domain?", ("words.json",), why,
     "Switch to the other beginning. Which of the two pruned models still speaks of the subject?",
     "Both pruned models have lost exactly as many weights. Why do they write so differently?",
     "What counts is which weights went. The second model kept what open-domain text needs, and some of what only health text needs went with the rest. "
@@ -73,7 +74,8 @@ def fall(run: Run) -> None:
         place.metric(f"Perplexity, {row.text} text", number(row.value), f"{row.value / dense:.2f} × dense", delta_color="off", delta_arrow="off")
     left, right = st.columns([1, 1], gap="medium")
     with left:
-        widgets.chart(tiles.mask_tile(mask, None, ("the mask",), told["name"].removesuffix(".weight")), "learn-fall-mask")
+        name = told["name"].removesuffix(".weight")
+        widgets.chart(figures.compact(tiles.mask_tile(mask, None, ("the mask",), name), f"The mask of {name}"), "learn-fall-mask")
     with right:
         st.markdown("##### What it writes")
         with st.container(border=True):
@@ -85,8 +87,8 @@ def fall(run: Run) -> None:
 
 
 FALL = Step(
-    "fall", "Falling apart", "How much can go before it falls apart?", ("layer.safetensors", "fall.json"), fall,
-    "Move from 0 % upwards. Note the first sparsity at which the text goes wrong, and what the perplexity is there.",
+    "Sparsity", "How much can go before it falls apart?", ("layer.safetensors", "fall.json"), fall,
+    "Move the slider from 0 % upwards. Note the first sparsity at which the text goes wrong, and what the perplexity is there.",
     "Removing the first half costs a few per cent of perplexity, the next four tenths a factor of thirty or so. Why is the beginning so cheap?",
     "The weights go in the order of their importance. Most of a matrix carries almost nothing of it, so the first half is nearly free; what goes at the "
     "end is what the model is made of. Errors of early layers also feed all later ones, so beyond a point they multiply.",
@@ -118,7 +120,7 @@ def cost(run: Run) -> None:
 
 
 COST = Step(
-    "cost", "Speed", "Why is it not faster by itself?", ("cost.json",), cost,
+    "Speed", "Why is it not faster by itself?", ("cost.json",), cost,
     "Compare the bars “as it is stored”. Then find the one that is smaller, and say what a program must know to use it.",
     "What would make the zeros pay?",
     "Their order. If of every four weights in a row two are zero (2:4), some GPUs skip them; if whole rows, heads or layers are zero they can be cut "
