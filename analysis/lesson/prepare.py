@@ -109,13 +109,19 @@ def words(job: Job, S, path: Path) -> None:
 
 
 def fall(job: Job, S, path: Path) -> None:
-    """Perplexity and one text at every sparsity."""
+    """Perplexity and one text at every sparsity; the two that `words` has measured are taken from it."""
+    told = store.read_json(path.with_name(PARTS[1]))
+    known = {0.0: DENSE, STRONG: "dpruner"}
     rows = []
     for done, sparsity in enumerate(STEPS):
         job.status.step("ten sparsities", done, len(STEPS))
-        with pruned(job.prepared.model, make_masks(S().dual, sparsity) if sparsity else {}):
-            text = continued(job, PROMPTS[0])
-            rows += [{"sparsity": sparsity, "continuation": text, **row} for row in judged(job)]
+        if name := known.get(sparsity):
+            text = next(row["text"] for row in told["texts"] if (row["model"], row["prompt"]) == (name, PROMPTS[0]))
+            quality = [row for row in told["quality"] if row["method"] == name]
+        else:
+            with pruned(job.prepared.model, make_masks(S().dual, sparsity)):
+                text, quality = continued(job, PROMPTS[0]), judged(job)
+        rows += [{**row, "method": "dpruner", "sparsity": sparsity, "continuation": text} for row in quality]
     job.status.step("ten sparsities", len(STEPS), len(STEPS))
     store.write_json(path, {"prompt": PROMPTS[0], "rows": rows})
 
