@@ -13,7 +13,7 @@ CHANGES = {   # step: interactions, each with a value that the app has not seen
     "Linear": [{"view": "b: inputs H"}, {"view": "c: an input's own"}, {"view": "d: cost G"}, {"row": 200, "column": 300}, {"row": 17}, {"column": 64}],
     "Columns": [{"share": 25}, {"share": 75}],
     "Sentence": [{"power-balanced": 1}, {"power-balanced": -2}, {"formula": "release"}, {"power-release": 6}, {"formula": "taylor"},
-                 {"power-taylor": 9}, {"row": 100, "column": 40}, {"against": "the formula's own λ"}],
+                 {"power-taylor": 9}, {"row": 100, "column": 40}, {"against": "from_usual"}],
     "Plane": [{"general": 61}, {"domain": 27}, {"general": 90}, {"domain": 75}],
     "Sparsity": [{"sparsity": 60}, {"sparsity": 90}, {"sparsity": 0}],
     "Predict": [{"guess-random": 33}, {"guess-module": "mlp.down_proj"}, {"reveal": True}],

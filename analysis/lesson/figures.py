@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from analysis.chart import (AMOUNTS, AROUND, BLUE, FAINT, GREY, ORANGE, VERMILLION, Chart, click_targets, colour_bar, columns, level_line, look, new_figure,
+from analysis.chart import (AMOUNTS, AROUND, BLUE, FAINT, GREY, INK, ORANGE, VERMILLION, Chart, click_targets, colour_bar, columns, level_line, look, new_figure,
                             number, percent)
 from analysis.lesson.numbers import Compensation
 from dpruner.formulas import DEFAULT_LAM
@@ -36,7 +36,8 @@ def tile(shown: np.ndarray, origin: tuple[int, int], values: dict[str, np.ndarra
     with np.errstate(divide="ignore"):
         z = shown if around_zero else np.where(shown > 0, np.log10(shown.astype(np.float64)), np.nan)
     figure = new_figure(height=560, margin={"t": 10, "r": 10})
-    colours = {"colorscale": AROUND, "zmid": 0} if around_zero else {"colorscale": AMOUNTS}
+    few = np.nanquantile(z, (0.02, 0.98)) if np.isfinite(z).any() else (0, 1)   # single outliers would take up the scale
+    colours = {"colorscale": AROUND, "zmid": 0} if around_zero else {"colorscale": AMOUNTS, "zmin": float(few[0]), "zmax": float(few[1])}
     figure.add_trace(go.Heatmap(x=np.arange(shown.shape[1]) + origin[1], y=np.arange(shown.shape[0]) + origin[0], z=z.astype(np.float32),
                                 hoverinfo="skip", colorbar=flat_bar(quantity if around_zero else f"{quantity} (power of ten)"), **colours))
     for flags, marker in ((removed, {"symbol": "x-thin", "size": 6, "line": {"color": GREY, "width": 1}}),
@@ -88,15 +89,24 @@ def compensation(found: Compensation, inputs: Sequence[int]) -> Chart:
     most = float(np.abs(found.weights).max())
     figure = new_figure(height=470, showlegend=False, margin={"t": 20, "b": 110},
                         xaxis2={"domain": [0.76, 1], "anchor": "y2"}, yaxis2={"anchor": "x2", "side": "right"})
-    traces = [_frame(found, done, most) for done in range(steps)]
-    figure.add_traces(traces[-1])   # complete before anybody presses Play
-    figure.frames = [go.Frame(data=frame, name=str(done), traces=[0, 1, 2]) for done, frame in enumerate(traces)]
+    changes = [_change(found, done) for done in range(steps)]
+    weights, crosses, errors = changes[-1]   # complete before anybody presses Play
+    figure.add_trace(go.Heatmap(colorscale=AROUND, zmin=-most, zmax=most, xgap=1, ygap=1, colorbar={**colour_bar("weight"), "x": 0.68, "len": 0.9},
+                                texttemplate="%{z:.2f}", textfont={"size": 10}, **weights,
+                                hovertemplate="was %{customdata[0]:.4g}<br>moved by %{customdata[1]:.4g}<br>is %{z:.4g}<extra></extra>"))
+    figure.add_trace(go.Scatter(mode="markers", hoverinfo="skip", marker={"symbol": "x-thin", "size": 20, "line": {"color": VERMILLION, "width": 3}},
+                                **crosses))
+    figure.add_trace(go.Bar(x=["zeros<br>alone", "kept ones<br>move"], xaxis="x2", yaxis="y2", marker={"color": [ORANGE, BLUE]}, textposition="outside",
+                            cliponaxis=False, hovertemplate="%{y:.3%}<extra></extra>", **errors))
+    kinds = ("heatmap", "scatter", "bar")
+    figure.frames = [go.Frame(name=str(done), traces=[0, 1, 2], data=[{"type": kind, **values} for kind, values in zip(kinds, change, strict=True)])
+                     for done, change in enumerate(changes)]
     figure.update_layout(
         xaxis={"domain": [0, 0.66], "title": "column (input of the layer)", "showgrid": False, "tickvals": list(range(across)),
                "ticktext": [str(i) for i in inputs]},
         yaxis={"title": "row (output)", "showgrid": False, "autorange": "reversed", "dtick": 1},
         xaxis2={"showgrid": False}, yaxis2={"title": "share of the output lost", "tickformat": ".0%", "range": [0, 1.15 * max(found.plain.max(), 1e-9)]},
-        updatemenus=[{"type": "buttons", "direction": "left", "x": 0, "y": -0.24, "xanchor": "left", "yanchor": "top", "pad": {"r": 8}, "buttons": [
+        updatemenus=[{"type": "buttons", "direction": "left", "showactive": False, "bgcolor": FAINT, "font": {"color": INK}, "x": 0, "y": -0.24, "xanchor": "left", "yanchor": "top", "pad": {"r": 8}, "buttons": [
             {"label": "▶ Play", "method": "animate", "args": [None, {"frame": {"duration": 700, "redraw": True}, "transition": {"duration": 0}}]},
             {"label": "❚❚ Pause", "method": "animate", "args": [[None], {"mode": "immediate", "frame": {"duration": 0, "redraw": False}}]}]}],
         sliders=[{"active": steps - 1, "x": 0.22, "len": 0.44, "y": -0.2, "currentvalue": {"prefix": "columns done: "}, "steps": [
@@ -110,20 +120,13 @@ def compensation(found: Compensation, inputs: Sequence[int]) -> Chart:
     return Chart("Column by column: remove, and let the rest make up for it", figure, table, how, alt)
 
 
-def _frame(found: Compensation, done: int, most: float) -> list:
-    """The traces after some columns: weights, crosses, the two errors."""
-    gone = found.removed & (np.arange(found.removed.shape[1]) < done)
-    r, c = np.nonzero(gone)
-    moved = found.weights[done] - found.weights[0]
-    return [go.Heatmap(z=found.weights[done].astype(np.float32), customdata=np.stack([found.weights[0], moved], axis=-1), colorscale=AROUND,
-                       zmin=-most, zmax=most, xgap=1, ygap=1, colorbar={**colour_bar("weight"), "x": 0.68, "len": 0.9},
-                       texttemplate="%{z:.2f}", textfont={"size": 10},
-                       hovertemplate="was %{customdata[0]:.4g}<br>moved by %{customdata[1]:.4g}<br>is %{z:.4g}<extra></extra>"),
-            go.Scatter(x=c if len(c) else [None], y=r if len(r) else [None], mode="markers", hoverinfo="skip",
-                       marker={"symbol": "x-thin", "size": 20, "line": {"color": VERMILLION, "width": 3}}),
-            go.Bar(x=["zeros<br>alone", "kept ones<br>move"], y=[found.plain[done], found.moved[done]], xaxis="x2", yaxis="y2",
-                   marker={"color": [ORANGE, BLUE]}, text=[percent(found.plain[done], 2), percent(found.moved[done], 2)], textposition="outside",
-                   cliponaxis=False, hovertemplate="%{y:.3%}<extra></extra>")]
+def _change(found: Compensation, done: int) -> tuple[dict, dict, dict]:
+    """What is new in the three traces after some columns: weights, crosses, the two errors."""
+    r, c = np.nonzero(found.removed & (np.arange(found.removed.shape[1]) < done))
+    before, now = found.weights[0].astype(np.float32), found.weights[done].astype(np.float32)
+    return ({"z": now, "customdata": np.stack([before, now - before], axis=-1)},
+            {"x": c if len(c) else [None], "y": r if len(r) else [None]},
+            {"y": [found.plain[done], found.moved[done]], "text": [percent(found.plain[done], 2), percent(found.moved[done], 2)]})
 
 
 # ---- λ

@@ -40,6 +40,7 @@ STRONG = 0.7                                  # at which the three texts of the 
 STEPS = tuple(s / 10 for s in range(10))      # sparsities at which the model is seen falling apart
 WINDOW, DOCUMENTS, NEW_TOKENS = 256, 2, 28     # tokens a window of held-out text, documents of it, tokens of a text
 ROUNDS, ROUND_TOKENS = 4, 16                  # of the measurement of speed
+SAMPLE = 1 << 23                              # bytes of weights on which compression is measured
 
 PARTS = ("layer.safetensors", "words.json", "fall.json", "sentence.safetensors", "flips.json", "modules.json", "alike.safetensors", "cost.json")
 # stages by cost, about seconds on two cores
@@ -220,7 +221,8 @@ def cost(job: Job, S, path: Path) -> None:
     shares = []
     for variant in variants.values():
         with pruned(model, variant):
-            shares.append(results.compressed_share(model.parameters(), precision)[0])
+            share, sampled = results.compressed_share(model.parameters(), precision, SAMPLE)
+            shares.append(share)
     for at in range(ROUNDS):
         job.status.step("size and speed", at, ROUNDS)
         for name in list(variants)[::1 if at % 2 else -1]:   # the order changes, lest one always comes first
@@ -233,7 +235,7 @@ def cost(job: Job, S, path: Path) -> None:
     dense = sum(p.numel() for p in model.parameters()) * precision.itemsize
     table = results.size_table(dense, removed, precision.itemsize, packed, tuple(shares))
     store.write_json(path, {"sizes": table.to_dict("records"), "speeds": found, "precision": str(precision).removeprefix("torch."), "removed": removed,
-                            "sparsity": SPARSITY, "threads": torch.get_num_threads()})
+                            "sparsity": SPARSITY, "sampled": sampled})
 
 
 def main() -> int:

@@ -5,7 +5,7 @@ import pandas as pd
 import streamlit as st
 
 from analysis import comparisons, figures, similarity
-from analysis.chart import percent
+from analysis.chart import listed, percent
 from analysis.lesson import prepare
 from analysis.matrices import places
 from app import data, widgets
@@ -49,7 +49,7 @@ def predict(run: Run) -> None:
     with st.container(border=True):
         guess = st.radio("1. Masks for which two domains share most?", names, index=None, key="learn-guess-pair", horizontal=True)
         if guess or everything:
-            verdict(guess, best, f"**{best}** share most: {percent(float(table.jaccard.max()))} of what either keeps.")
+            verdict(guess, best, f"**{best}** share most: {percent(float(table.jaccard.max()))} of what either keeps.{close(table, names)}")
             widgets.chart(comparisons.pair_dots(table), "learn-predict-pairs")
 
     with st.container(border=True):
@@ -77,6 +77,13 @@ def predict(run: Run) -> None:
     formula(r"J(A, B) = \frac{|A\cap B|}{|A\cup B|}, \qquad J_\text{random} = \frac{p^2}{2p-p^2} = \frac13\ \text{ at } p=\tfrac12", {
         "A, B": "the sets of weights that two masks keep", "J": "Jaccard similarity: both over either",
         "p": "the share that each keeps"})
+
+
+def close(table: pd.DataFrame, names: list[str]) -> str:
+    """A word on pairs that the 95 % intervals do not tell from the first."""
+    best = int(table.jaccard.argmax())
+    near = [name for name, low, high in zip(names, table.low, table.high, strict=True) if high >= table.low.iloc[best] and name != names[best]]
+    return f" But it is close: the 95 % interval overlaps that of {listed(near)}, so this model does not tell them apart for certain." if near else ""
 
 
 def verdict(guess, truth, words: str) -> None:

@@ -48,8 +48,8 @@ def linear(run: Run) -> None:
             widgets.chart(figures.tile(
                 G[rows, columns], origin, values, "row %{customdata[0]}, column %{customdata[1]}<br>G = w² / U² = (%{customdata[2]:.4g})² / "
                 "(%{customdata[3]:.4g})² = %{customdata[4]:.4g}", title="General importance of the same tile", quantity="G", chosen=(row, column),
-                how="The brighter, the more the layer's output on open-domain text loses without the weight. Bright columns are strong inputs that no "
-                    "other input can stand in for."), "learn-tile", **clicked)
+                how="The brighter, the more the layer's output on open-domain text loses without the weight. It goes with the square of the "
+                    "weight, and with what is its input's own."), "learn-tile", **clicked)
     at_column, rank = float(U[column, column]), float((G < G[row, column]).mean())
     with right:
         st.markdown(f"In row {row}, column {column}, **{percent(rank)}** of the matrix's weights cost less than this one. At 50 % sparsity by G alone it "
@@ -69,7 +69,8 @@ def linear(run: Run) -> None:
 
 LINEAR = Step(
     "Linear", "What does the removal of one weight cost?", ("layer.safetensors",), linear,
-    "Find a large weight with a small G: look for a strong colour in picture a in a dark column of picture d. Why is it cheap?",
+    "Choose two cells of one row in picture a that have the same strong colour, and compare what they cost in picture d. Then look at their inputs in "
+    "picture c.",
     "Two weights of a row have the same size, and one costs ten times the other. What differs?",
     "Their inputs. G is the square of the weight times what is its input's own, 1/U²: an input that is weak, or that other inputs can stand in for, "
     "makes its weights cheap. Magnitude pruning looks at W alone and cannot see this.",

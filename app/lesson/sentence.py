@@ -30,6 +30,7 @@ ABOUT = {
               "unless λ is astronomic.",
     "release": "What the authors' published code adds up. At its own λ = 0.1 the general side is some millionth of the gradient: λ is inert, and the mask "
                "is the domain's alone."}
+NARROW = "\u202f"   # a space at which no line breaks
 COMPARED = {"from_zero": "λ = 0", "from_usual": "the formula's own λ"}
 
 
@@ -157,7 +158,7 @@ def told_counts(table: pd.DataFrame | None, name: str, lam: float, against: str,
     if table is not None:
         row = table[(table.formula == name) & np.isclose(table.lam, lam)].iloc[0]
         counted.append(("model", int(row[against]), int(row.weights)))
-    lines = [f"| {where} | **{flips:,}** | {of:,} | {percent(flips / of, 2) if flips / of >= 1e-4 or not flips else f'{flips / of:.1e}'} |"
+    lines = [f"| {where} | **{flips:,}** | {of:,} | {percent(flips / of, 2).replace(' ', NARROW) if flips / of >= 1e-4 or not flips else f'{flips / of:.1e}'} |"
              for where, flips, of in counted]
     st.markdown("\n".join([f"Decisions that differ from {COMPARED[against]}:\n", "| in the | differ | of | share |", "|---|--:|--:|--:|", *lines]))
 

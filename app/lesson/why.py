@@ -75,7 +75,7 @@ def fall(run: Run) -> None:
     left, right = st.columns([1, 1], gap="medium")
     with left:
         name = told["name"].removesuffix(".weight")
-        widgets.chart(figures.compact(tiles.mask_tile(mask, None, ("the mask",), name), f"The mask of {name}"), "learn-fall-mask")
+        widgets.chart(figures.compact(tiles.mask_tile(mask, None, ("the mask",), name), f"The mask of {name}", 470), "learn-fall-mask")
     with right:
         st.markdown("##### What it writes")
         with st.container(border=True):
@@ -113,6 +113,7 @@ def cost(run: Run) -> None:
                "the noise." + ("" if low <= 1 <= high else " Here it leaves out 1, though both do the same multiplications: something else kept this "
                                "machine busy. The page Results measures again."))
     widgets.chart(comparisons.bytes_bars(pd.DataFrame(found["sizes"])), "learn-cost-bytes")
+    st.caption(f"Compression is what zlib leaves of {found['sampled']:.0%} of the weights, measured; “kept weights + packed mask” is counted.")
     formula(r"y_i = \sum_j W_{ij}\,x_j \qquad\text{costs}\qquad \text{out}\times\text{in multiplications, whether or not } W_{ij}=0", {
         "W_{ij}": "a zero is a number like any other to a dense matrix product: it is stored, loaded and multiplied",
         "\\text{bytes}": f"kept weights × 2 ({found['precision']}) + 1 bit for every prunable weight: the bar “kept weights + packed mask”, which takes a "
