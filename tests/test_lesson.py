@@ -168,7 +168,7 @@ def test_what_is_written_out_is_what_the_engine_computes(tiny, formula):
 def test_every_part_is_there_and_nothing_is_left_over(lesson):
     assert lesson.run.status["state"] == "done"
     there = {p.name for p in lesson.run.folder.iterdir()}
-    assert set(prepare.PARTS) <= there and not any(".tmp" in name for name in there) and "partial" not in there
+    assert set(prepare.PARTS) <= there and not any(".tmp" in name for name in there) and not there & {"partial", prepare.BASE}
 
 
 def test_texts_and_perplexities_are_the_engines(tiny, lesson):

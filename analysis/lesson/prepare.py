@@ -7,6 +7,7 @@ come in the order of PARTS, each whole.
 import dataclasses
 import functools
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,7 @@ WINDOW, DOCUMENTS, NEW_TOKENS = 256, 2, 28     # tokens a window of held-out tex
 ROUNDS, ROUND_TOKENS = 4, 16                  # of the measurement of speed
 SAMPLE = 1 << 23                              # bytes of weights on which compression is measured
 
+BASE = "base"                                 # folder of ranks, where no run has them
 PARTS = ("layer.safetensors", "words.json", "fall.json", "sentence.safetensors", "flips.json", "modules.json", "alike.safetensors", "cost.json")
 # stages by cost, about seconds on two cores
 PLAN = (("general importance", 3, ""), ("domain importance", 3, ""), ("three texts", 4, ""), ("ten sparsities", 12, ""), ("what λ decides", 8, ""),
@@ -62,6 +64,7 @@ def prepare(folder: Path, runs: Path, cache: Path) -> None:
     run = Run(folder)
     config = RunConfig.from_dict(run.config)
     with turn(pick_device(config.device), worker.waits(run)), Status(folder) as status:
+        store.clear_leftovers(folder)
         status.plan = [Planned(*stage) for stage in PLAN]
         prepared = pipeline.prepare(config)
         store.write_json(folder / "run.json", pipeline.record(config, prepared))
@@ -186,6 +189,7 @@ def alike(job: Job, runs: Path, G: Scores, path: Path) -> None:
     job.status.step("similarity", 1, 1)
     store.write_tensors(path, {"both": torch.from_numpy(np.stack([c.both for c in counts])), "weights": torch.from_numpy(counts[0].weights)},
                         {"labels": json.dumps(counts[0].labels), "names": json.dumps(counts[0].names), "domains": json.dumps(labels)})
+    shutil.rmtree(job.run.folder / BASE, ignore_errors=True)   # ten times as large as all else
 
 
 def base_run(job: Job, runs: Path) -> Run | None:
@@ -202,7 +206,7 @@ def base_run(job: Job, runs: Path) -> Run | None:
 
 def own_run(job: Job, G: Scores) -> Run:
     """Where there is no such run: the ranks it would hold, in the lesson's own folder."""
-    folder = job.run.folder / "base"
+    folder = job.run.folder / BASE
     run, config = Run(folder), dataclasses.replace(job.config, methods=("dpruner", "random"), evaluate=False)
     store.write_json(folder / "run.json", pipeline.record(config, job.prepared))
     mine = Job(run, config, job.prepared, job.status, Partial(folder))

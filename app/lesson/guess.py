@@ -112,8 +112,11 @@ def own_pairs(selected) -> pd.DataFrame:
     """Every two domains of the user's own run at the sparsity chosen at the left, as `pairs_of`.
 
     Raises:
-        InputError: there are no two masks to compare.
+        InputError: there are no two masks to compare, or they take long to read.
     """
+    if data.is_large(selected.run):
+        raise InputError("The masks of this run are not compared here", "it is so large that reading them takes a while",
+                         "open the page Similarity, or switch back to the lesson's")
     domains = [d for m, d in data.pairs(selected.run) if m == selected.method]
     own = data.own_masks(selected.run, selected.sparsity)
     stamps = {label: data.mask_stamp(selected.run, selected.method, label, own) for d in domains for label in (d, f"{d}~1", f"{d}~2")}

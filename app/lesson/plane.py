@@ -65,6 +65,8 @@ def plane(run: Run) -> None:
     with right:
         window = (mask[:tiles.TILE, :tiles.TILE] for mask in masks)
         widgets.chart(compact(tiles.mask_tile(*window, ("the general side", "the domain side"), found.words), "Where these weights sit"), "learn-plane-place")
+        if max(found.general.shape) > tiles.TILE:
+            st.caption(f"The first {tiles.TILE} rows and columns of {found.general.shape[0]:,} × {found.general.shape[1]:,}.")
     kept = overlap.kept_of_regions(overlap.region_histogram(found.general, found.domain, found.dual, at_general, at_domain), 0.5)
     words = {"both": "both keep", "only A": "only the general side keeps", "only B": "only the domain side keeps", "neither": "neither keeps"}
     st.dataframe(pd.DataFrame({"Region": kept.region.map(words), "Weights": kept.weights, "Share": [percent(w / kept.weights.sum()) for w in kept.weights],

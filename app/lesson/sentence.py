@@ -57,23 +57,17 @@ def prepared(run: Run) -> Read:
 @st.cache_resource(max_entries=2, show_spinner="Reading the sentence, forwards and backwards …")   # a gradient is as large as the model
 def typed(text: str, _run: Run, folder: str) -> numbers.Sentence:
     """A sentence of the user; not to be changed."""
-    place = st.empty()
-    with resident.taken(_run, resident.waits(place)) as found:
+    with resident.taken(_run) as found:
         return numbers.read_sentence(found.model, found.tokenizer, text)
 
 
-@st.cache_data(max_entries=32, show_spinner=False)
+@st.cache_data(max_entries=32, show_spinner="Counting the decisions of the whole model at every λ …")
 def everywhere(text: str, formula_name: str, _run: Run, folder: str) -> pd.DataFrame:
     """Decisions of the whole model that each λ changes, for a sentence of the user."""
-    sentence, G = typed(text, _run, folder), job.general(_run)
-    bar = st.progress(0.0, "Counting the decisions of the whole model at every λ …")
-    try:
-        with resident.taken(_run, resident.waits(st.empty())) as found:
-            weights = {n: m.weight.detach() for n, m in prunable_linears(found.model).items()}
-            return numbers.changed_everywhere(formula_name, weights, sentence.gradients, G, prepare.SPARSITY,
-                                              lambda done, total: bar.progress(done / total, "Counting the decisions of the whole model at every λ …"))
-    finally:
-        bar.empty()
+    read, G = typed(text, _run, folder), job.general(_run)
+    with resident.taken(_run) as found:
+        weights = {n: m.weight.detach() for n, m in prunable_linears(found.model).items()}
+        return numbers.changed_everywhere(formula_name, weights, read.gradients, G, prepare.SPARSITY)
 
 
 @st.cache_data(max_entries=64, show_spinner=False)
@@ -100,8 +94,8 @@ def sentence(run: Run) -> None:
     power = st.slider("λ, the weight of the general side: a power of ten", min(POWERS), max(POWERS), round(float(np.log10(DEFAULT_LAM[name]))),
                       key=f"learn-power-{name}", bind="query-params", format="10^%d")
     lam = 10.0**power
-    st.caption(f"Read as {len(read.tokens)} tokens: {' · '.join(piece.strip() or '␣' for piece in read.tokens)}. Mean loss {read.loss:.2f} nats. "
-               f"The formula's own λ is {DEFAULT_LAM[name]:g}. {ABOUT[name]}")
+    pieces = " · ".join(piece.strip() or "␣" for piece in read.tokens).replace("`", "'")
+    st.caption(f"Read as {len(read.tokens)} tokens: `{pieces}`. Mean loss {read.loss:.2f} nats. The formula's own λ is {DEFAULT_LAM[name]:g}. {ABOUT[name]}")
     table = curves(run, read.text, name)
     tensors, told = job.tensors(run, "layer.safetensors")
     w, g, G = tensors["W"], read.g, tensors["G"]
