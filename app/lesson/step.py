@@ -40,7 +40,7 @@ class Step:
 def draw(step: Step, run: Run) -> None:
     """A step from its picture to the links."""
     if missing := [part for part in step.parts if part not in job.ready(run)]:
-        st.info(f"This step is still being computed and appears here by itself ({len(missing)} of its {len(step.parts)} parts missing). "
+        st.info("This step is still being computed and appears here by itself. "
                 "Steps that are ready can be read meanwhile.", icon=":material/hourglass:")
     else:
         step.show(run)
