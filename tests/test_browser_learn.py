@@ -2,13 +2,12 @@
 
 import re
 import shutil
-import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from browser import CHROMIUM, browser, served, settled
-from test_browser import SIZE, calm, shown
+from test_browser import SIZE, calm, shown, wait_for
 
 from analysis.chart import number, percent
 from analysis.lesson import numbers, prepare
@@ -34,15 +33,6 @@ def at(visit, step: str, **parameters) -> None:
     visit.page.goto(f"{visit.address}/learn?" + "&".join([f"learn-step={step}", *(f"learn-{k}={v}" for k, v in parameters.items())]))
     settled(visit.page)
     calm(visit.page)
-
-
-def eventually(what, seconds: float = 20):
-    """The first true value of `what()`."""
-    deadline = time.time() + seconds
-    while not (found := what()):
-        assert time.time() < deadline, "it did not happen"
-        time.sleep(0.05)
-    return found
 
 
 def test_the_whole_lesson_by_next_alone(visit):
@@ -72,7 +62,7 @@ def test_hover_writes_the_arithmetic_and_a_click_chooses_the_weight(visit):
     box = plot.locator(".nsewdrag").first.bounding_box()
     x, y = (box[side] + (cell + 0.5) * box[length] / 32 for side, length, cell in (("x", "width", 5), ("y", "height", 9)))
     page.mouse.move(x, y)
-    told = eventually(lambda: " ".join(plot.locator(".hoverlayer .hovertext").all_text_contents()))
+    told = wait_for(lambda: " ".join(plot.locator(".hoverlayer .hovertext").all_text_contents()))
     assert "row 9, column 5" in told and "G = w² / U²" in told
     page.mouse.click(x, y)
     page.get_by_text("The weight in row 9, column 5, written out.").wait_for()
@@ -92,7 +82,7 @@ def test_the_animation_plays_and_its_slider_stops_where_one_wants(visit):
     handle = plot.element_handle()
     assert handle.evaluate(bars) == pytest.approx([found.plain[-1], found.moved[-1]])   # complete before a click
     plot.locator(".updatemenu-button", has_text="Play").click()
-    eventually(lambda: 0 < handle.evaluate(bars)[0] < found.plain[-1])
+    wait_for(lambda: 0 < handle.evaluate(bars)[0] < found.plain[-1])
     plot.locator(".updatemenu-button", has_text="Pause").click()
     page.wait_for_timeout(300)
     seen = handle.evaluate(bars)
@@ -115,7 +105,7 @@ def test_lambda_flips_what_is_counted(visit):
     thumb.focus()
     for _ in range(2):
         thumb.press("ArrowRight")
-    eventually(lambda: cell.inner_text() == count(8))
+    wait_for(lambda: cell.inner_text() == count(8))
     assert "learn-power-release=8" in page.url and count(8) != count(6)
 
 
@@ -140,7 +130,7 @@ def test_the_model_falls_apart_under_the_slider(visit):
     thumb = main.get_by_role("slider", name="Sparsity: how much of every matrix")
     thumb.focus()
     thumb.press("ArrowRight")
-    eventually(lambda: f"{int(mask.sum()):,}" in main.inner_text())
+    wait_for(lambda: f"{int(mask.sum()):,}" in main.inner_text())
     here = next(r for r in rows if round(100 * r["sparsity"]) == 60 and r["text"] == prepare.DOMAIN)
     settled(page)
     assert number(here["value"]) in main.inner_text() and "learn-sparsity=60" in page.url

@@ -151,11 +151,8 @@ def test_what_is_written_out_is_what_the_engine_computes(tiny, formula):
     lam = 1e5 if formula != "balanced" else 1.0
     S, _ = numbers.scored(formula, lam, w, g, G)
     for row, column in ((0, 0), (5, 30), (35, 35)):
-        one, last = (float(w[row, column]), float(g[row, column]), float(G[row, column])), float(S[row, column])
-        if formula == "balanced":
-            lines = arithmetic.balanced(*one, lam, float((g.double() * w.double()).square().mean()), float(G.double().mean()), last)
-        else:
-            lines = getattr(arithmetic, formula)(*one, lam, last)
+        last = float(S[row, column])
+        lines = arithmetic.score(formula, lam, w, g, G, S, row, column)
         assert lines[-1].endswith(f"= {arithmetic.tex(last)}")
         before = values_of(lines[-1].split("=")[-2])
         total = before[0] + before[1] if formula == "balanced" else abs(before[0] - before[1]) if formula == "taylor" else abs(sum(before))

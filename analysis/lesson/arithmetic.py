@@ -1,5 +1,7 @@
 """Single weights written out: the numbers of one weight in its formula, as LaTeX."""
 
+import torch
+
 from dpruner.domain import ALPHA
 from dpruner.formulas import RELEASE_COUNT, RELEASE_SCALE
 
@@ -34,6 +36,18 @@ def general(row: int, column: int, w: float, d: float, G: float) -> str:
     """
     return (rf"G_{{{row},{column}}} = \frac{{\hat w_{{{row},{column}}}^2}}{{U_{{{column},{column}}}^2}} = "
             rf"\frac{{{signed(w)}^2}}{{{tex(d)}^2}} = {tex(G)}")
+
+
+def score(formula: str, lam: float, w: torch.Tensor, g: torch.Tensor, G: torch.Tensor, S: torch.Tensor, row: int, column: int) -> list[str]:
+    """The score of one weight by one gradient, by any formula.
+
+    Args:
+        w, g, G, S: of the whole matrix: weights, gradient, general importance, and the score that came of them.
+    """
+    one, end = [float(t[row, column]) for t in (w, g, G)], float(S[row, column])
+    if formula == "balanced":
+        return balanced(*one, lam, float((g.double() * w.double()).square().mean()), float(G.double().mean()), end)
+    return {"taylor": taylor, "release": release}[formula](*one, lam, end)
 
 
 def balanced(w: float, g: float, G: float, lam: float, mean_F: float, mean_G: float, S: float) -> list[str]:

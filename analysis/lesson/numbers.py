@@ -206,6 +206,6 @@ def changed_everywhere(formula: str, weights: Mapping[str, torch.Tensor], gradie
     total, size = np.zeros((2, len(LAMBDAS)), dtype=np.int64), 0
     for done, (name, w) in enumerate(weights.items()):
         progress(done, len(weights))
-        total += changed(formula, w, gradients[name], G[name], sparsity)
+        total += changed(formula, w, gradients[name], G[name].to(w.device), sparsity)
         size += w.numel()
     return pd.DataFrame({"formula": formula, "lam": LAMBDAS, "from_zero": total[0], "from_usual": total[1], "weights": size})

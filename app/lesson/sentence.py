@@ -90,7 +90,7 @@ def sentence(run: Run) -> None:
     read = prepared(run)
     if text.strip() != read.text:
         found = typed(text.strip(), run, str(run.folder))
-        read = Read(found.text, found.tokens, found.loss, next(iter(found.gradients.values())))
+        read = Read(found.text, found.tokens, found.loss, next(iter(found.gradients.values())).cpu())
     power = st.slider("λ, the weight of the general side: a power of ten", min(POWERS), max(POWERS), round(float(np.log10(DEFAULT_LAM[name]))),
                       key=f"learn-power-{name}", bind="query-params", format="10^%d")
     lam = 10.0**power
@@ -120,12 +120,8 @@ def sentence(run: Run) -> None:
             "learn-tile", on_select=lambda: take_click("learn-tile"), selection_mode="points")
     with right:
         told_counts(table, name, lam, against, flipped, flipped[rows, columns])
-    one, S = [float(t[row, column]) for t in (w, g, G)], float(here["S"][row, column])
-    if name == "balanced":
-        lines = arithmetic.balanced(*one, lam, float((g.double() * w.double()).square().mean()), float(G.double().mean()), S)
-    else:
-        lines = getattr(arithmetic, name)(*one, lam, S)
-    written_out(row, column, lines, f"At λ = {lam:g} it is **{'kept' if here['kept'][row, column] else 'removed'}**.")
+    written_out(row, column, arithmetic.score(name, lam, w, g, G, here["S"], row, column),
+                f"At λ = {lam:g} it is **{'kept' if here['kept'][row, column] else 'removed'}**.")
     if table is not None:
         widgets.chart(figures.lambda_curves(table, name, lam), "learn-lambda")
     formula(LATEX[name], {
