@@ -72,6 +72,8 @@ def release(w: float, g: float, G: float, lam: float, S: float) -> list[str]:
     scaled = g * RELEASE_SCALE
     pull = lam * 2 * ALPHA**2 / RELEASE_COUNT * G * scaled
     u = scaled * w * (1 + pull)
-    return [rf"\hat g = 2^{{16}}g = {tex(scaled)}, \qquad g' = \hat g\,(1 + \lambda\tfrac{{2\alpha^2}}{{1000}}G\,\hat g) = {signed(scaled)}\,"
+    return [rf"\hat g = 2^{{16}}g = {tex(scaled)}, \qquad g' = \hat g\,(1 + \lambda\tfrac{{2\alpha^2}}{{1000}}G\,\hat g) = "
+            rf"{signed(scaled)}\,"
             rf"(1 + {signed(pull)}), \qquad u = g'w = {tex(u)}",
-            rf"S = \left|u + \tfrac{{u^2}}{{2000}} + w^3\right| = \left|{tex(u)} + {tex(u**2 / (2 * RELEASE_COUNT))} + {signed(w**3)}\right| = {tex(S)}"]
+            rf"S = \left|u + \tfrac{{u^2}}{{2000}} + w^3\right| = \left|{tex(u)} + {tex(u**2 / (2 * RELEASE_COUNT))} + "
+            rf"{signed(w**3)}\right| = {tex(S)}"]

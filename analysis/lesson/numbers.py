@@ -193,7 +193,8 @@ def changed(formula: str, w, g, G, sparsity: float, lambdas: Sequence[float] = L
     return tuple(np.array([int((masks[lam] ^ masks[other]).sum()) for lam in lambdas], dtype=np.int64) for other in (0.0, usual))
 
 
-def changed_everywhere(formula: str, weights: Mapping[str, torch.Tensor], gradients: Mapping[str, torch.Tensor], G: Mapping[str, torch.Tensor],
+def changed_everywhere(formula: str, weights: Mapping[str, torch.Tensor], gradients: Mapping[str, torch.Tensor],
+                       G: Mapping[str, torch.Tensor],
                        sparsity: float, progress: Callable[[int, int], None] = lambda done, total: None) -> pd.DataFrame:
     """`changed` summed over all matrices.
 

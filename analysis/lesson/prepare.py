@@ -1,7 +1,7 @@
 """The lesson's results, computed once by the engine and kept as plain files: a process of its own, which waits for its turn on the device.
 
-`python -m analysis.lesson.prepare FOLDER RUNS CACHE`. The folder has a run.json, which says for which settings, and a status.json; its parts
-come in the order of PARTS, each whole.
+`python -m analysis.lesson.prepare FOLDER RUNS CACHE`. The folder has a run.json, which says for which settings, and a status.json; its
+parts come in the order of PARTS, each whole.
 """
 
 import dataclasses
@@ -37,16 +37,18 @@ DOMAIN = "healthcare"
 PROMPTS = ("The treatment of asthma includes", "The symptoms of diabetes")
 SENTENCE = "The patient was treated with antibiotics for a bacterial infection."
 SPARSITY = 0.5                                # of masks that are looked at weight by weight
-STRONG = 0.7                                  # at which the three texts of the beginning are written: the model is small, and forgives less than this
+STRONG = 0.7                                  # at which the first three texts are written: less than this the small model forgives
 STEPS = tuple(s / 10 for s in range(10))      # sparsities at which the model is seen falling apart
 WINDOW, DOCUMENTS, NEW_TOKENS = 256, 2, 28     # tokens a window of held-out text, documents of it, tokens of a text
 ROUNDS, ROUND_TOKENS = 4, 16                  # of the measurement of speed
 SAMPLE = 1 << 23                              # bytes of weights on which compression is measured
 
 BASE = "base"                                 # folder of ranks, where no run has them
-PARTS = ("layer.safetensors", "words.json", "fall.json", "sentence.safetensors", "flips.json", "modules.json", "alike.safetensors", "cost.json")
+PARTS = ("layer.safetensors", "words.json", "fall.json", "sentence.safetensors", "flips.json", "modules.json", "alike.safetensors",
+         "cost.json")
 # stages by cost, about seconds on two cores
-PLAN = (("general importance", 3, ""), ("domain importance", 3, ""), ("three texts", 4, ""), ("ten sparsities", 12, ""), ("what λ decides", 8, ""),
+PLAN = (("general importance", 3, ""), ("domain importance", 3, ""), ("three texts", 4, ""), ("ten sparsities", 12, ""),
+        ("what λ decides", 8, ""),
         ("one threshold for all", 4, ""), ("similarity", 4, ""), ("size and speed", 5, ""))
 
 
@@ -83,7 +85,8 @@ def parts(job: Job, runs: Path, cache: Path) -> Iterator[tuple[str, functools.pa
     def S() -> DomainImportance:
         return pipeline.score_domain(job, DOMAIN, job.prepared.texts.domains[DOMAIN], G)
 
-    makers = (functools.partial(layer, job, G, S), functools.partial(words, job, S), functools.partial(fall, job, S), functools.partial(sentence, job),
+    makers = (functools.partial(layer, job, G, S), functools.partial(words, job, S), functools.partial(fall, job, S),
+              functools.partial(sentence, job),
               functools.partial(flips, job, G), functools.partial(modules, job, G), functools.partial(alike, job, runs, G),
               functools.partial(cost, job, S))
     yield from zip(PARTS, makers, strict=True)
@@ -141,7 +144,8 @@ def judged(job: Job) -> list[dict]:
 
     def row(name: str) -> dict:
         found: Estimate = perplexity(model, tokenizer, texts.heldout[name][:DOCUMENTS], window, window, seed=job.config.seed)
-        return {"domain": DOMAIN, "text": name, "metric": "perplexity", "value": float(found), "low": found.low, "high": found.high, "n": found.n}
+        return {"domain": DOMAIN, "text": name, "metric": "perplexity", "value": float(found), "low": found.low, "high": found.high,
+                "n": found.n}
 
     return [row(name) for name in texts.judged(DOMAIN)]
 
@@ -150,7 +154,8 @@ def sentence(job: Job, path: Path) -> None:
     """The gradient of one sentence in the first linear."""
     found = read_sentence(job.prepared.model, job.prepared.tokenizer, SENTENCE)
     name = next(iter(found.gradients))
-    store.write_tensors(path, {"g": found.gradients[name]}, {"text": found.text, "tokens": json.dumps(found.tokens), "loss": repr(found.loss)})
+    store.write_tensors(path, {"g": found.gradients[name]}, {"text": found.text, "tokens": json.dumps(found.tokens),
+                                                             "loss": repr(found.loss)})
 
 
 def flips(job: Job, G: Scores, path: Path) -> None:
@@ -173,7 +178,8 @@ def modules(job: Job, G: Scores, path: Path) -> None:
     S = domain_importance(model, job.prepared.texts.domains[DOMAIN], G, "balanced", means="model")
     masks = make_masks(S.dual, SPARSITY, "global")
     job.status.step("one threshold for all", 1, 1)
-    store.write_json(path, {"sparsity": SPARSITY, "rows": [{"matrix": n, "weights": m.numel(), "kept": int(m.sum())} for n, m in masks.items()]})
+    store.write_json(path, {"sparsity": SPARSITY, "rows": [{"matrix": n, "weights": m.numel(), "kept": int(m.sum())} for n,
+                                                           m in masks.items()]})
 
 
 def alike(job: Job, runs: Path, G: Scores, path: Path) -> None:
@@ -187,7 +193,8 @@ def alike(job: Job, runs: Path, G: Scores, path: Path) -> None:
     files |= {f"random {n}": base.path("ranks", "random", d) for n, d in enumerate(labels[:2], 1)}
     counts = [similarity.count_ranks(files, sparsity) for sparsity in STEPS[1:]]
     job.status.step("similarity", 1, 1)
-    store.write_tensors(path, {"both": torch.from_numpy(np.stack([c.both for c in counts])), "weights": torch.from_numpy(counts[0].weights)},
+    store.write_tensors(path, {"both": torch.from_numpy(np.stack([c.both for c in counts])),
+                               "weights": torch.from_numpy(counts[0].weights)},
                         {"labels": json.dumps(counts[0].labels), "names": json.dumps(counts[0].names), "domains": json.dumps(labels)})
     shutil.rmtree(job.run.folder / BASE, ignore_errors=True)   # ten times as large as all else
 
@@ -197,7 +204,8 @@ def base_run(job: Job, runs: Path) -> Run | None:
     for run in store.find_runs(runs):
         try:
             if run.status["state"] == "done" and RunConfig.from_dict(run.config) == job.config and \
-                    run.record["model"]["fingerprint"] == job.prepared.fingerprint and run.path("edges", "random", job.config.domains[1]).is_file():
+                    run.record["model"]["fingerprint"] == job.prepared.fingerprint and run.path("edges", "random",
+                                                                                                job.config.domains[1]).is_file():
                 return run
         except (InputError, KeyError):
             continue
@@ -238,7 +246,8 @@ def cost(job: Job, S, path: Path) -> None:
     packed = sum(m.shape[0] * -(-m.shape[1] // 8) for m in masks.values())
     dense = sum(p.numel() for p in model.parameters()) * precision.itemsize
     table = results.size_table(dense, removed, precision.itemsize, packed, tuple(shares))
-    store.write_json(path, {"sizes": table.to_dict("records"), "speeds": found, "precision": str(precision).removeprefix("torch."), "removed": removed,
+    store.write_json(path, {"sizes": table.to_dict("records"), "speeds": found, "precision": str(precision).removeprefix("torch."),
+                            "removed": removed,
                             "sparsity": SPARSITY, "sampled": sampled})
 
 

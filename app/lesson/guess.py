@@ -55,12 +55,13 @@ def predict(run: Run) -> None:
     with st.container(border=True):
         random = similarity.pairs(counts.only([label for label in counts.labels if label.startswith("random")]))
         shown = [25, 33, 50, 67, 100]
-        guess = st.radio("2. Two masks are drawn at random, each keeps half. What share of the weights that either keeps do both keep (%)?", shown,
+        guess = st.radio("2. Two masks are drawn at random, each keeps half. What share of the weights that either keeps do both keep "
+                         "(%)?", shown,
                          index=None, key="learn-guess-random", horizontal=True)
         if guess is not None or everything:
             value = float(random.jaccard.iloc[0])
-            verdict(guess, 33, f"**{percent(value, 2)}**, counted over {int(random.weights.iloc[0]):,} weights. Both keep a quarter, either keeps three quarters: "
-                               "a third. So a third means nothing in common.")
+            verdict(guess, 33, f"**{percent(value, 2)}**, counted over {int(random.weights.iloc[0]):,} weights. Both keep a quarter, either "
+                               "keeps three quarters: a third. So a third means nothing in common.")
 
     with st.container(border=True):
         found = job.table(run, "modules.json")
@@ -68,11 +69,13 @@ def predict(run: Run) -> None:
         rows = pd.concat([places(rows.matrix.tolist()), rows.drop(columns="matrix")], axis=1).assign(kept_share=rows.kept / rows.weights)
         by_module = rows.groupby("module", sort=False)[["kept", "weights"]].sum()
         shares = by_module.kept / by_module.weights
-        guess = st.radio("3. Now one threshold holds for the whole model, so that matrices may keep different shares. Which module keeps most?",
+        guess = st.radio("3. Now one threshold holds for the whole model, so that matrices may keep different shares. Which module keeps "
+                         "most?",
                          list(shares.index), index=None, key="learn-guess-module", horizontal=True)
         if guess or everything:
-            verdict(guess, shares.idxmax(), f"**{shares.idxmax()}** keeps {percent(float(shares.max()))}, {shares.idxmin()} only {percent(float(shares.min()))}. "
-                                            "Their scores are divided by one mean for the whole model, so they compare.")
+            verdict(guess, shares.idxmax(), f"**{shares.idxmax()}** keeps {percent(float(shares.max()))}, {shares.idxmin()} only "
+                                            f"{percent(float(shares.min()))}. Their scores are divided by one mean for the whole model, so "
+                                            "they compare.")
             widgets.chart(figures.whole_model_chart(rows, found["sparsity"]), "learn-predict-modules")
     formula(r"J(A, B) = \frac{|A\cap B|}{|A\cup B|}, \qquad J_\text{random} = \frac{p^2}{2p-p^2} = \frac13\ \text{ at } p=\tfrac12", {
         "A, B": "the sets of weights that two masks keep", "J": "Jaccard similarity: both over either",
@@ -82,8 +85,9 @@ def predict(run: Run) -> None:
 def close(table: pd.DataFrame, names: list[str]) -> str:
     """A word on pairs that the 95 % intervals do not tell from the first."""
     best = int(table.jaccard.argmax())
-    near = [name for name, low, high in zip(names, table.low, table.high, strict=True) if high >= table.low.iloc[best] and name != names[best]]
-    return f" But it is close: the 95 % interval overlaps that of {listed(near)}, so this model does not tell them apart for certain." if near else ""
+    near = [name for name, low, high in zip(names, table.low, table.high,
+                                            strict=True) if high >= table.low.iloc[best] and name != names[best]]
+    return f" But it is close: the 95 % interval overlaps that of {listed(near)}, so they are not told apart for certain." if near else ""
 
 
 def verdict(guess, truth, words: str) -> None:
@@ -100,8 +104,8 @@ PREDICT = Step(
     "Predict", "Predict first, then look", ("alike.safetensors", "modules.json"), predict,
     "Vote with hands before anyone clicks. Write the class's numbers on the board: being surprised is what makes it stay.",
     "Two masks that keep 20 % each share 20 % of what either keeps. Is that much?",
-    "Two random masks that keep 20 % share 0.04 / 0.36 = 11 %. So it is more than chance, but most of what they keep is not shared. Without the floor the "
-    "number says nothing.",
+    "Two random masks that keep 20 % share 0.04 / 0.36 = 11 %. So it is more than chance, but most of what they keep is not shared. "
+    "Without the floor the number says nothing.",
     {"similarity": "Similarity of my masks", "layers": "One threshold for my model"})
 
 
@@ -123,7 +127,8 @@ def own_pairs(selected) -> pd.DataFrame:
     there = tuple((label, found) for label, found in stamps.items() if found is not None)
     domains = [d for d in domains if stamps[d] is not None]
     if len(domains) < 2:
-        raise InputError("There is nothing to compare", f"the run has {len(domains)} mask{'s' * (len(domains) != 1)} of {selected.method} at this sparsity",
+        raise InputError("There is nothing to compare", f"the run has {len(domains)} mask{'s' * (len(domains) != 1)} of {selected.method} "
+                                                        "at this sparsity",
                          "choose another run or method at the left, or switch back to the lesson's")
     return pairs_of(data.counts(there, None if own else selected.sparsity), domains)
 
@@ -152,15 +157,17 @@ def alike(run: Run) -> None:
     formula(r"\text{from floor to ceiling} = \frac{J - J_\text{floor}}{J_\text{ceiling} - J_\text{floor}}", {
         "J": "a dot: what the masks of two domains share",
         r"J_\text{floor}": f"the line at the left: what random masks share that keep as much, {floor:.3f} at {share:.0%}",
-        r"J_\text{ceiling}": "the marks at the right: what masks share that were made from two halves of the same domain's text. Two domains are "
-                             "as alike as can be when they share that much. Each half has only half the text, so the true ceiling lies a little higher, "
-                             "and a pair may come out above it"})
+        r"J_\text{ceiling}": "the marks at the right: what masks share that were made from two halves of the same domain's text. Two "
+                             "domains are as alike as can be when they share that much. Each half has only half the text, so the true "
+                             "ceiling lies a little higher, and a pair may come out above it"})
 
 
 ALIKE = Step(
     "Similarity", "How alike are two domains, really?", ("alike.safetensors",), alike,
-    "Compare **general + domain** with **the domain alone**: where do the masks of two domains differ more, and why? Then move the sparsity to 90 %.",
+    "Compare **general + domain** with **the domain alone**: where do the masks of two domains differ more, and why? Then move the "
+    "sparsity to 90 %.",
     "A paper reports that the masks of two domains share 60 %. What two numbers do you ask for?",
-    "What random masks of that sparsity would share (the floor), and what two masks of the same domain share when each is made from half of its text "
-    "(the ceiling). If the ceiling is 62 %, the domains are as alike as a domain is to itself; if it is 95 %, they differ much.",
+    "What random masks of that sparsity would share (the floor), and what two masks of the same domain share when each is made from half "
+    "of its text (the ceiling). If the ceiling is 62 %, the domains are as alike as a domain is to itself; if it is 95 %, they differ "
+    "much.",
     {"similarity": "Similarity in my run, by layer and module"})

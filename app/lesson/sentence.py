@@ -26,10 +26,10 @@ LATEX = {
                r"S = \left|u + \tfrac{u^2}{2000} + w^3\right|"}
 ABOUT = {
     "balanced": "Both sides are divided by their mean over the matrix, so λ = 1 gives them equal weight: λ decides much.",
-    "taylor": "The paper's equations. The general side comes in through the gradient, times α² = 0.0009 and times g²: far too small to change an order, "
-              "unless λ is astronomic.",
-    "release": "What the authors' published code adds up. At its own λ = 0.1 the general side is some millionth of the gradient: λ is inert, and the mask "
-               "is the domain's alone."}
+    "taylor": "The paper's equations. The general side comes in through the gradient, times α² = 0.0009 and times g²: far too small to "
+              "change an order, unless λ is astronomic.",
+    "release": "What the authors' published code adds up. At its own λ = 0.1 the general side is some millionth of the gradient: λ is "
+               "inert, and the mask is the domain's alone."}
 NARROW = "\u202f"   # a space at which no line breaks
 COMPARED = {"from_zero": "λ = 0", "from_usual": "the formula's own λ"}
 
@@ -85,17 +85,20 @@ def sentence(run: Run) -> None:
     first, second = st.columns([3, 2], gap="medium")
     start = {} if "learn-sentence" in st.session_state else {"value": prepare.SENTENCE}
     text = first.text_input("A sentence of the domain", key="learn-sentence", bind="query-params", max_chars=400, **start,
-                            help="The model reads it, and the error of its predictions is traced back to every weight: that is the gradient g.")
+                            help="The model reads it, and the error of its predictions is traced back to every weight: that is the "
+                                 "gradient g.")
     name = second.segmented_control("Formula", list(FORMULAS), default="balanced", key="learn-formula", bind="query-params", required=True)
     read = prepared(run)
     if text.strip() != read.text:
         found = typed(text.strip(), run, str(run.folder))
         read = Read(found.text, found.tokens, found.loss, next(iter(found.gradients.values())).cpu())
-    power = st.slider("λ, the weight of the general side: a power of ten", min(POWERS), max(POWERS), round(float(np.log10(DEFAULT_LAM[name]))),
+    power = st.slider("λ, the weight of the general side: a power of ten", min(POWERS), max(POWERS),
+                      round(float(np.log10(DEFAULT_LAM[name]))),
                       key=f"learn-power-{name}", bind="query-params", format="10^%d")
     lam = 10.0**power
     pieces = " · ".join(piece.strip() or "␣" for piece in read.tokens).replace("`", "'")
-    st.caption(f"Read as {len(read.tokens)} tokens: `{pieces}`. Mean loss {read.loss:.2f} nats. The formula's own λ is {DEFAULT_LAM[name]:g}. {ABOUT[name]}")
+    st.caption(f"Read as {len(read.tokens)} tokens: `{pieces}`. Mean loss {read.loss:.2f} nats. The formula's own λ is "
+               f"{DEFAULT_LAM[name]:g}. {ABOUT[name]}")
     table = curves(run, read.text, name)
     tensors, told = job.tensors(run, "layer.safetensors")
     w, g, G = tensors["W"], read.g, tensors["G"]
@@ -108,12 +111,14 @@ def sentence(run: Run) -> None:
     rows, columns = window(origin)
     flipped = here["kept"] != here[against]
     with left:
-        values = {"w": w[rows, columns].numpy(), "g": g[rows, columns].numpy(), "G": G[rows, columns].numpy(), "S": here["S"][rows, columns],
+        values = {"w": w[rows, columns].numpy(), "g": g[rows, columns].numpy(), "G": G[rows, columns].numpy(),
+                  "S": here["S"][rows, columns],
                   "S_without_general": here["domain"][rows, columns], "kept": here["kept"][rows, columns]}
         widgets.chart(figures.tile(
             here["S"][rows, columns], origin, values,
-            "row %{customdata[0]}, column %{customdata[1]}<br>w = %{customdata[2]:.4g}, g = %{customdata[3]:.4g}, G = %{customdata[4]:.4g}<br>"
-            "domain side alone: %{customdata[6]:.4g}<br>S = %{customdata[5]:.4g}", title=f"Score S of {name} at λ = {lam:g}", quantity="S",
+            "row %{customdata[0]}, column %{customdata[1]}<br>w = %{customdata[2]:.4g}, g = %{customdata[3]:.4g}, G = "
+            "%{customdata[4]:.4g}<br>domain side alone: %{customdata[6]:.4g}<br>S = "
+            "%{customdata[5]:.4g}", title=f"Score S of {name} at λ = {lam:g}", quantity="S",
             chosen=(row, column), flipped=flipped[rows, columns], removed=~here["kept"][rows, columns],
             how=f"The brighter, the more this weight matters to the sentence and, as far as λ lets it, to the open domain. Crosses go at "
                 f"{prepare.SPARSITY:.0%}; outlined cells would have met the other fate at {COMPARED[against]}."),
@@ -125,7 +130,8 @@ def sentence(run: Run) -> None:
     if table is not None:
         widgets.chart(figures.lambda_curves(table, name, lam), "learn-lambda")
     formula(LATEX[name], {
-        "w": f"a weight of `{told['name'].removesuffix('.weight')}`, as in step 2", "g": "its gradient: how fast the sentence's error grows with the weight",
+        "w": f"a weight of `{told['name'].removesuffix('.weight')}`, as in step 2", "g": "its gradient: how fast the sentence's error "
+                                                                                         "grows with the weight",
         "u": "gradient times weight: to first order, what the error changes when the weight goes to zero",
         "G": "general importance of the weight, as in step 2", r"\lambda": "the slider: how much the open domain has to say",
         "S": "the colour of the cell; of every matrix, the half with the lowest S goes"})
@@ -148,15 +154,18 @@ def told_counts(table: pd.DataFrame | None, name: str, lam: float, against: str,
     if table is not None:
         row = table[(table.formula == name) & np.isclose(table.lam, lam)].iloc[0]
         counted.append(("model", int(row[against]), int(row.weights)))
-    lines = [f"| {where} | **{flips:,}** | {of:,} | {percent(flips / of, 2).replace(' ', NARROW) if flips / of >= 1e-4 or not flips else f'{flips / of:.1e}'} |"
+    lines = [f"| {where} | **{flips:,}** | {of:,} | "
+             f"{percent(flips / of, 2).replace(' ', NARROW) if flips / of >= 1e-4 or not flips else f'{flips / of:.1e}'} |"
              for where, flips, of in counted]
-    st.markdown("\n".join([f"Decisions that differ from {COMPARED[against]}:\n", "| in the | differ | of | share |", "|---|--:|--:|--:|", *lines]))
+    st.markdown("\n".join([f"Decisions that differ from {COMPARED[against]}:\n", "| in the | differ | of | share |", "|---|--:|--:|--:|",
+                           *lines]))
 
 
 SENTENCE = Step(
     "Sentence", "What does a sentence need, and what does λ add?", ("layer.safetensors", "sentence.safetensors"), sentence,
-    "Move λ through its range with **balanced**, then with **release**. At which λ does the first decision of each change? Then type a sentence of your own.",
+    "Move λ through its range with **balanced**, then with **release**. At which λ does the first decision of each change? Then type a "
+    "sentence of your own.",
     "The published code has λ = 0.1. How many of the model's decisions does it change here, and why?",
-    "Next to none: see the ring on the floor of the curve. Its general side is multiplied by 2α²/1000 and comes to about a millionth of the gradient it is "
-    "added to. With scores divided by their means (balanced) λ = 1 changes about a quarter of them.",
+    "Next to none: see the ring on the floor of the curve. Its general side is multiplied by 2α²/1000 and comes to about a millionth of "
+    "the gradient it is added to. With scores divided by their means (balanced) λ = 1 changes about a quarter of them.",
     {"overlap": "What λ changed in my run"})

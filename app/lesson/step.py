@@ -1,4 +1,4 @@
-"""What the steps of the lesson share: their frame, formulas with their symbols, the cell that is looked at, links into the user's own run."""
+"""What the steps of the lesson share: their frame, formulas with symbols, the cell that is looked at, links into the user's own run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +10,8 @@ from app import state
 from app.lesson import job
 from dpruner.store import Run
 
-ICONS = {"layers": "stacks", "overlap": "join_inner", "similarity": "grid_on", "explore": "zoom_in", "generate": "edit_note", "results": "monitoring"}
+ICONS = {"layers": "stacks", "overlap": "join_inner", "similarity": "grid_on", "explore": "zoom_in", "generate": "edit_note",
+         "results": "monitoring"}
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Step:
 def draw(step: Step, run: Run) -> None:
     """A step from its picture to the links."""
     if missing := [part for part in step.parts if part not in job.ready(run)]:
-        st.info("This step is still being computed and appears here by itself. "
-                "Steps that are ready can be read meanwhile.", icon=":material/hourglass:")
+        st.info("This step is still being computed and appears here by itself. Steps that are ready can be read "
+                "meanwhile.", icon=":material/hourglass:")
     else:
         step.show(run)
     left, right = st.columns(2, gap="medium")
@@ -59,7 +60,8 @@ def on_my_run(step: Step) -> None:
     selected = st.session_state.get("_selection")
     if selected is None or not step.pages:
         return
-    where = {"run": selected.run.id, "method": selected.method, "domain": selected.domain, "block": str(selected.block), "module": selected.module,
+    where = {"run": selected.run.id, "method": selected.method, "domain": selected.domain, "block": str(selected.block),
+             "module": selected.module,
              "sparsity": str(round(100 * selected.sparsity))}
     with st.container(horizontal=True):
         st.markdown("**On my run:**", help=f"The run, method, domain, matrix and sparsity chosen at the left: {selected.run.id}")
@@ -95,7 +97,8 @@ def mine(label: str = "Show my run instead of the lesson's") -> state.Selection 
     selected = st.session_state.get("_selection")
     if selected is None:
         return None
-    return selected if st.toggle(label, key="learn-mine", bind="query-params", help=f"The selection at the left: {selected.run.id}") else None
+    return selected if st.toggle(label, key="learn-mine", bind="query-params",
+                                 help=f"The selection at the left: {selected.run.id}") else None
 
 
 # ---- the cell that is looked at

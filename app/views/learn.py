@@ -6,7 +6,8 @@ from app import widgets
 from app.lesson import column, guess, job, linear, plane, sentence, step, why
 from dpruner import worker
 
-STEPS = {each.name: each for each in (why.WHY, linear.LINEAR, column.COLUMN, sentence.SENTENCE, plane.PLANE, why.FALL, guess.PREDICT, guess.ALIKE,
+STEPS = {each.name: each for each in (why.WHY, linear.LINEAR, column.COLUMN, sentence.SENTENCE, plane.PLANE, why.FALL, guess.PREDICT,
+                                      guess.ALIKE,
                                       why.COST)}
 NAMES = list(STEPS)
 
@@ -21,7 +22,8 @@ def beside(at: int) -> None:
     if at > 0:
         before.button(f"Back: {NAMES[at - 1]}", key="learn-back", icon=":material/arrow_back:", on_click=go, args=(NAMES[at - 1],))
     if at + 1 < len(NAMES):
-        after.button(f"Next: {NAMES[at + 1]}", key="learn-next", icon=":material/arrow_forward:", type="primary", on_click=go, args=(NAMES[at + 1],))
+        after.button(f"Next: {NAMES[at + 1]}", key="learn-next", icon=":material/arrow_forward:", type="primary", on_click=go,
+                     args=(NAMES[at + 1],))
 
 
 st.title("Learn")
