@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -45,7 +46,7 @@ def submit(config: RunConfig, runs: str | Path = "runs", cache: str | Path = "ca
     pick_device(config.device)
     run = store.new_run(runs, config.title)
     store.write_json(run.folder / "run.json", {"config": config.to_dict(), "created": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
-    _start(run, config, cache)
+    start(run, ["dpruner.worker", str(run.folder), str(cache)], config.device)
     return run
 
 
@@ -61,22 +62,26 @@ def resume(run: Run, cache: str | Path = "cache") -> None:
     config = RunConfig.from_dict(run.config)
     config.check()
     pick_device(config.device)
-    _start(run, config, cache)
+    start(run, ["dpruner.worker", str(run.folder), str(cache)], config.device)
 
 
-def _start(run: Run, config: RunConfig, cache: str | Path) -> None:
-    """The process of a run, with its place in the queue."""
+def start(run: Run, module: list[str], device: str | None) -> None:
+    """The process of a run, with its place in the queue of its device.
+
+    Args:
+        module: what the process is, as `python -m` takes it, with its arguments; it calls `process`.
+    """
     store.write_json(run.folder / "status.json", {**WAITING, "pid": None, "born": time.time()})
     package = str(Path(__file__).parents[1])   # the process must find this package from wherever the paths in the config are meant
     path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
     # threads that wait for each other spin far shorter than by default: the browser and the server want the processors too
     environment = {"GOMP_SPINCOUNT": "3000", **os.environ, "PYTHONPATH": path}
     with open(run.folder / LOG, "ab") as log:   # a pipe that nobody reads would stall the job once it is full
-        child = subprocess.Popen([sys.executable, "-m", "dpruner.worker", str(run.folder), str(cache)], stdin=subprocess.DEVNULL,
+        child = subprocess.Popen([sys.executable, "-m", *module], stdin=subprocess.DEVNULL,
                                  stdout=log, stderr=log, start_new_session=True, env=environment)
     _children[child.pid] = child
     with contextlib.suppress(psutil.NoSuchProcess, OSError):   # taken here, so that runs go in the order they were asked for
-        turns.take_ticket(pick_device(config.device), child.pid)
+        turns.take_ticket(pick_device(device), child.pid)
 
 
 def state(run: Run) -> dict:
@@ -142,38 +147,44 @@ def cancel(run: Run) -> None:
         store.write_json(run.folder / "status.json", {**run.status, "state": "cancelled"})
 
 
+def waits(run: Run) -> Callable[[int], None]:
+    """What a job calls while others have its device: status.json says how many."""
+    def waiting(ahead: int) -> None:
+        device = str(pick_device(RunConfig.from_dict(run.config).device))
+        store.write_json(run.folder / "status.json", {**run.status, "stage": "waiting for the device", "device": device, "ahead": ahead})
+    return waiting
+
+
 def work(folder: Path, cache: Path) -> None:
     """The job's own process: wait for the device, then run."""
     from dpruner import pipeline   # after the status tells that the job lives
     run = Run(folder)
-
-    def waiting(ahead: int) -> None:
-        device = str(pick_device(RunConfig.from_dict(run.config).device))
-        store.write_json(folder / "status.json", {**run.status, "stage": "waiting for the device", "device": device, "ahead": ahead})
-
-    try:
-        pipeline.run(RunConfig.from_dict(run.config), folder=folder, cache=cache, waiting=waiting)
-    except KeyboardInterrupt:
-        if run.status["state"] not in ("cancelled", "done"):
-            store.write_json(folder / "status.json", {**run.status, "state": "cancelled"})
-        raise
+    pipeline.run(RunConfig.from_dict(run.config), folder=folder, cache=cache, waiting=waits(run))
 
 
-def main() -> int:
-    """`python -m dpruner.worker FOLDER CACHE`; what goes wrong stands in status.json, and in the log for developers."""
-    folder, cache = map(Path, sys.argv[1:3])
-    store.write_json(folder / "status.json", {**Run(folder).status, **turns.identity()})
+def process(folder: Path, job: Callable[[], None]) -> int:
+    """A job in this process; what goes wrong stands in status.json, and in the log for developers."""
+    run = Run(folder)
+    store.write_json(folder / "status.json", {**run.status, **turns.identity()})
     try:
         from dpruner.loading import quiet_libraries
         with quiet_libraries():
-            work(folder, cache)
+            job()
     except InputError as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        if run.status["state"] not in ("cancelled", "done"):
+            store.write_json(folder / "status.json", {**run.status, "state": "cancelled"})
         print("Cancelled.", file=sys.stderr)
         return 1
     return 0
+
+
+def main() -> int:
+    """`python -m dpruner.worker FOLDER CACHE`."""
+    folder, cache = map(Path, sys.argv[1:3])
+    return process(folder, lambda: work(folder, cache))
 
 
 if __name__ == "__main__":

@@ -158,7 +158,7 @@ def visit_large(runs: Path, results) -> None:
     from app import state
     state.RUNS, state.CACHE = runs, runs.parent / "cache"
     memory, found = Memory(), {}
-    opened("learn")   # the libraries
+    opened("generate")   # the libraries
     forget(runs)
     _, found["similarity"] = opened("similarity")
     forget(runs)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from families import tiny, tiny_tokenizer
 
-from dpruner import RunConfig, pipeline, report
+from dpruner import RunConfig, pipeline, report, store
 
 SMALL = {"nsamples": 4, "seqlen": 16, "eval_documents": 1, "eval_seqlen": 128}
 
@@ -59,6 +59,28 @@ def small(llama, tmp_path_factory) -> SimpleNamespace:
     run = pipeline.run(config, runs=root / "runs", cache=root / "cache", watch=lambda status: seen.append((status.stage, status.share)))
     torch.set_num_threads(before)
     return SimpleNamespace(run=run, config=config, runs=root / "runs", cache=root / "cache", summary=report.summary(run), seen=seen)
+
+
+@pytest.fixture(scope="session")
+def lesson(llama, tmp_path_factory) -> SimpleNamespace:
+    """The lesson of the page Learn on the tiny llama, complete, where the app looks for it. Not to be written to.
+
+    Attributes:
+        run, config: its folder as a Run, and its settings.
+        runs, cache: folders to be given to the app; there is no run.
+    """
+    from analysis.lesson import prepare
+    from app.lesson import job
+    root = tmp_path_factory.mktemp("lesson")
+    config = RunConfig(model=str(llama), domains=("healthcare", "legal", "finance"), methods=("dpruner", "magnitude", "random"), **SMALL)
+    run = store.Run(root / "cache" / "lesson" / job.key())
+    store.write_json(run.folder / "run.json", {"config": config.to_dict()})
+    store.write_json(run.folder / "status.json", {"state": "queued"})
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    prepare.prepare(run.folder, root / "runs", root / "cache")
+    torch.set_num_threads(before)
+    return SimpleNamespace(run=run, config=config, runs=root / "runs", cache=root / "cache")
 
 
 @pytest.fixture(scope="session")

@@ -30,6 +30,9 @@ def main():
                         page.get_by_text("Perplexity of every text under every model").wait_for(timeout=120_000)
                         settled(page)
                         page.get_by_role("button", name="Generate", exact=True).scroll_into_view_if_needed()
+                    if name == "learn":   # the first visit makes the lesson
+                        page.get_by_text("Steps appear as they are ready").wait_for(state="detached", timeout=300_000)
+                        settled(page)
                     page.screenshot(path=FOLDER / f"{name or 'run'}-{theme}.png")
                     print(f"{name or 'run'} {theme}", flush=True)
 

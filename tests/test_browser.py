@@ -38,7 +38,7 @@ def visit(tmp_path_factory):
         page = context.new_page()
         page.set_default_timeout(60_000)
         yield SimpleNamespace(address=address, runs=root / "runs", chromium=chromium, page=page, run=None)
-        for run in store.find_runs(root / "runs"):   # what a chapter that failed has left
+        for run in [*store.find_runs(root / "runs"), *store.find_runs(root / "cache" / "lesson")]:   # what a chapter has left
             if worker.state(run)["state"] in ("queued", "running"):
                 psutil.Process(run.status["pid"]).kill()
 

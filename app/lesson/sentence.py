@@ -1,0 +1,171 @@
+"""Step 4: the gradient of a sentence, the score it gives, and what λ adds."""
+
+import json
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import streamlit as st
+import torch
+
+from analysis.chart import percent
+from analysis.lesson import arithmetic, figures, numbers, prepare
+from app import resident, widgets
+from app.lesson import job
+from app.lesson.step import Step, cell, formula, take_click, window, written_out
+from dpruner.errors import InputError
+from dpruner.formulas import DEFAULT_LAM, FORMULAS
+from dpruner.model import prunable_linears
+from dpruner.store import Run
+
+POWERS = tuple(round(float(np.log10(lam))) for lam in numbers.LAMBDAS)
+LATEX = {
+    "balanced": r"u = g\,w, \qquad S = \frac{u^2}{\overline{u^2}} + \lambda\,\frac{G}{\overline G}",
+    "taylor": r"g' = g + 2\lambda\alpha^2\,G\,g\,h, \quad h = g^2, \qquad u = g'w, \qquad S = \left|u - \tfrac12u^2\right|",
+    "release": r"\hat g = 2^{16}g, \quad g' = \hat g + \lambda\,\tfrac{2\alpha^2}{1000}\,G\,\hat g^2, \qquad u = g'w, \qquad "
+               r"S = \left|u + \tfrac{u^2}{2000} + w^3\right|"}
+ABOUT = {
+    "balanced": "Both sides are divided by their mean over the matrix, so λ = 1 gives them equal weight: λ decides much.",
+    "taylor": "The paper's equations. The general side comes in through the gradient, times α² = 0.0009 and times g²: far too small to "
+              "change an order, unless λ is astronomic.",
+    "release": "What the authors' published code adds up. At its own λ = 0.1 the general side is some millionth of the gradient: λ is "
+               "inert, and the mask is the domain's alone."}
+NARROW = "\u202f"   # a space at which no line breaks
+COMPARED = {"from_zero": "λ = 0", "from_usual": "the formula's own λ"}
+
+
+class Read(NamedTuple):
+    """What the page needs of a sentence.
+
+    Attributes:
+        text, tokens, loss: as of `numbers.Sentence`.
+        g: gradient in the first linear.
+    """
+
+    text: str
+    tokens: list[str]
+    loss: float
+    g: torch.Tensor
+
+
+def prepared(run: Run) -> Read:
+    """The sentence that comes with the lesson."""
+    found, told = job.tensors(run, "sentence.safetensors")
+    return Read(told["text"], json.loads(told["tokens"]), float(told["loss"]), found["g"])
+
+
+@st.cache_resource(max_entries=2, show_spinner="Reading the sentence, forwards and backwards …")   # a gradient is as large as the model
+def typed(text: str, _run: Run, folder: str) -> numbers.Sentence:
+    """A sentence of the user; not to be changed."""
+    with resident.taken(_run) as found:
+        return numbers.read_sentence(found.model, found.tokenizer, text)
+
+
+@st.cache_data(max_entries=32, show_spinner="Counting the decisions of the whole model at every λ …")
+def everywhere(text: str, formula_name: str, _run: Run, folder: str) -> pd.DataFrame:
+    """Decisions of the whole model that each λ changes, for a sentence of the user."""
+    read, G = typed(text, _run, folder), job.general(_run)
+    with resident.taken(_run) as found:
+        weights = {n: m.weight.detach() for n, m in prunable_linears(found.model).items()}
+        return numbers.changed_everywhere(formula_name, weights, read.gradients, G, prepare.SPARSITY)
+
+
+@st.cache_data(max_entries=64, show_spinner=False)
+def in_matrix(text: str, formula_name: str, power: int, _w, _g, _G, when: tuple) -> dict[str, np.ndarray]:
+    """Score of the first linear at one λ, without its general side, and the masks at that λ, at 0 and at the formula's own."""
+    lam = 10.0**power
+    dual, domain = numbers.scored(formula_name, lam, _w, _g, _G)
+    masks = {name: numbers.kept_by(formula_name, at, _w, _g, _G, prepare.SPARSITY).numpy()
+             for name, at in (("kept", lam), ("from_zero", 0.0), ("from_usual", DEFAULT_LAM[formula_name]))}
+    return {"S": dual.numpy(), "domain": domain.numpy(), **masks}
+
+
+def sentence(run: Run) -> None:
+    """The sentence, the λ, the tile with its flips, and the counts."""
+    first, second = st.columns([3, 2], gap="medium")
+    start = {} if "learn-sentence" in st.session_state else {"value": prepare.SENTENCE}
+    text = first.text_input("A sentence of the domain", key="learn-sentence", bind="query-params", max_chars=400, **start,
+                            help="The model reads it, and the error of its predictions is traced back to every weight: that is the "
+                                 "gradient g.")
+    name = second.segmented_control("Formula", list(FORMULAS), default="balanced", key="learn-formula", bind="query-params", required=True)
+    read = prepared(run)
+    if text.strip() != read.text:
+        found = typed(text.strip(), run, str(run.folder))
+        read = Read(found.text, found.tokens, found.loss, next(iter(found.gradients.values())).cpu())
+    power = st.slider("λ, the weight of the general side: a power of ten", min(POWERS), max(POWERS),
+                      round(float(np.log10(DEFAULT_LAM[name]))),
+                      key=f"learn-power-{name}", bind="query-params", format="10^%d")
+    lam = 10.0**power
+    pieces = " · ".join(piece.strip() or "␣" for piece in read.tokens).replace("`", "'")
+    st.caption(f"Read as {len(read.tokens)} tokens: `{pieces}`. Mean loss {read.loss:.2f} nats. The formula's own λ is "
+               f"{DEFAULT_LAM[name]:g}. {ABOUT[name]}")
+    table = curves(run, read.text, name)
+    tensors, told = job.tensors(run, "layer.safetensors")
+    w, g, G = tensors["W"], read.g, tensors["G"]
+    here = in_matrix(read.text, name, power, w, g, G, job.stamp(run, "layer.safetensors"))
+    against = st.radio("Outlined: cells whose fate differs from that at", list(COMPARED), format_func=COMPARED.get, key="learn-against",
+                       bind="query-params", horizontal=True)
+    left, right = st.columns([3, 2], gap="medium")
+    with right:
+        row, column, origin = cell(tuple(w.shape))
+    rows, columns = window(origin)
+    flipped = here["kept"] != here[against]
+    with left:
+        values = {"w": w[rows, columns].numpy(), "g": g[rows, columns].numpy(), "G": G[rows, columns].numpy(),
+                  "S": here["S"][rows, columns],
+                  "S_without_general": here["domain"][rows, columns], "kept": here["kept"][rows, columns]}
+        widgets.chart(figures.tile(
+            here["S"][rows, columns], origin, values,
+            "row %{customdata[0]}, column %{customdata[1]}<br>w = %{customdata[2]:.4g}, g = %{customdata[3]:.4g}, G = "
+            "%{customdata[4]:.4g}<br>domain side alone: %{customdata[6]:.4g}<br>S = "
+            "%{customdata[5]:.4g}", title=f"Score S of {name} at λ = {lam:g}", quantity="S",
+            chosen=(row, column), flipped=flipped[rows, columns], removed=~here["kept"][rows, columns],
+            how=f"The brighter, the more this weight matters to the sentence and, as far as λ lets it, to the open domain. Crosses go at "
+                f"{prepare.SPARSITY:.0%}; outlined cells would have met the other fate at {COMPARED[against]}."),
+            "learn-tile", on_select=lambda: take_click("learn-tile"), selection_mode="points")
+    with right:
+        told_counts(table, name, lam, against, flipped, flipped[rows, columns])
+    written_out(row, column, arithmetic.score(name, lam, w, g, G, here["S"], row, column),
+                f"At λ = {lam:g} it is **{'kept' if here['kept'][row, column] else 'removed'}**.")
+    if table is not None:
+        widgets.chart(figures.lambda_curves(table, name, lam), "learn-lambda")
+    formula(LATEX[name], {
+        "w": f"a weight of `{told['name'].removesuffix('.weight')}`, as in step 2", "g": "its gradient: how fast the sentence's error "
+                                                                                         "grows with the weight",
+        "u": "gradient times weight: to first order, what the error changes when the weight goes to zero",
+        "G": "general importance of the weight, as in step 2", r"\lambda": "the slider: how much the open domain has to say",
+        "S": "the colour of the cell; of every matrix, the half with the lowest S goes"})
+
+
+def curves(run: Run, text: str, name: str) -> pd.DataFrame | None:
+    """Counts of the whole model at every λ: of all formulas for the prepared sentence, of the present one for a sentence of the user."""
+    if text == prepare.SENTENCE:
+        return pd.DataFrame(job.table(run, "flips.json")["rows"]) if (run.folder / "flips.json").is_file() else None
+    try:
+        return everywhere(text, name, run, str(run.folder))
+    except InputError as error:
+        st.caption(str(error))
+        return None
+
+
+def told_counts(table: pd.DataFrame | None, name: str, lam: float, against: str, matrix: np.ndarray, tile: np.ndarray) -> None:
+    """How many cells flip in the tile, in the matrix, in the model."""
+    counted = [("tile", int(tile.sum()), tile.size), ("matrix", int(matrix.sum()), matrix.size)]
+    if table is not None:
+        row = table[(table.formula == name) & np.isclose(table.lam, lam)].iloc[0]
+        counted.append(("model", int(row[against]), int(row.weights)))
+    lines = [f"| {where} | **{flips:,}** | {of:,} | "
+             f"{percent(flips / of, 2).replace(' ', NARROW) if flips / of >= 1e-4 or not flips else f'{flips / of:.1e}'} |"
+             for where, flips, of in counted]
+    st.markdown("\n".join([f"Decisions that differ from {COMPARED[against]}:\n", "| in the | differ | of | share |", "|---|--:|--:|--:|",
+                           *lines]))
+
+
+SENTENCE = Step(
+    "Sentence", "What does a sentence need, and what does λ add?", ("layer.safetensors", "sentence.safetensors"), sentence,
+    "Move λ through its range with **balanced**, then with **release**. At which λ does the first decision of each change? Then type a "
+    "sentence of your own.",
+    "The published code has λ = 0.1. How many of the model's decisions does it change here, and why?",
+    "Next to none: see the ring on the floor of the curve. Its general side is multiplied by 2α²/1000 and comes to about a millionth of "
+    "the gradient it is added to. With scores divided by their means (balanced) λ = 1 changes about a quarter of them.",
+    {"overlap": "What λ changed in my run"})
