@@ -140,8 +140,8 @@ def _config_file(path: str) -> dict:
     """A run.json as it is, or a plain object of settings as {"config": settings}."""
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        why = "it is not JSON" if isinstance(error, ValueError) else error.strerror.lower()
+    except (OSError, ValueError, RecursionError) as error:
+        why = error.strerror.lower() if isinstance(error, OSError) else "it is not JSON"
         raise InputError(f"The config file {path!r} cannot be read", why, "give a run.json of an earlier run, or an object of settings") from error
     if not isinstance(data, dict) or not isinstance(data.get("config", {}), dict):
         raise InputError(f"The config file {path!r} cannot be used", "it holds no object of settings", "give a run.json of an earlier run")

@@ -1,6 +1,7 @@
 """From scores to masks: exact counts at every granularity; applying, packing and ranking them."""
 
 import contextlib
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 
@@ -76,9 +77,9 @@ def parse_granularity(granularity: str) -> tuple[int, int] | None:
     """(n, m) of "n:m", None for the named ones."""
     if granularity in GRANULARITIES:
         return None
-    n, _, m = granularity.partition(":")
-    if n.isdigit() and m.isdigit() and 0 < int(n) < int(m):
-        return int(n), int(m)
+    pattern = re.fullmatch(r"([0-9]{1,4}):([0-9]{1,4})", granularity)
+    if pattern and 0 < int(pattern[1]) < int(pattern[2]):
+        return int(pattern[1]), int(pattern[2])
     raise InputError(f"The granularity {granularity!r} is not known", "it says over which weights a threshold is taken",
                      f"choose one of {', '.join(GRANULARITIES)}, or n:m such as 2:4")
 

@@ -58,6 +58,7 @@ def resume(run: Run, cache: str | Path = "cache") -> None:
     status = state(run)
     if status["state"] not in OVER:
         raise InputError(f"The run {run.id} cannot go on", f"it is {status['state']}", "choose one that failed or was cancelled")
+    run.require_own_files()
     config = RunConfig.from_dict(run.config)
     config.check()
     pick_device(config.device)
