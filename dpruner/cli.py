@@ -1,4 +1,4 @@
-"""The command line: prune, evaluate, similarity, generate, export, runs. Exit code 0, 1 (failed: one line why and what to do) or 2 (bad arguments)."""
+"""The command line: prune, resume, evaluate, similarity, generate, export, runs. Exit code 0, 1 (failed: one line why and what to do) or 2 (bad arguments)."""
 
 import argparse
 import contextlib
@@ -57,6 +57,11 @@ def parser() -> argparse.ArgumentParser:
     for field in dataclasses.fields(RunConfig):
         _add_setting(prune, field)
     prune.set_defaults(command=command_prune)
+
+    resume = commands.add_parser("resume", parents=[common], help="let a run that failed or was stopped go on from what it has")
+    resume.add_argument("run", help="id of a run, the start of it, a folder, or 'last'")
+    resume.add_argument("--cache", default="cache", metavar="FOLDER", help="folder of what runs share (default: cache)")
+    resume.set_defaults(command=command_resume)
 
     runs = commands.add_parser("runs", parents=[common], help="list the runs, or show one")
     runs.add_argument("run", nargs="?", help="id of a run, the start of it, a folder, or 'last'")
@@ -126,6 +131,18 @@ def command_prune(args: argparse.Namespace) -> None:
     print(json.dumps(result, ensure_ascii=False)) if args.json else tables.show_run(result, Console(highlight=False))
 
 
+def command_resume(args: argparse.Namespace) -> None:
+    """`resume`: the rest of a run, then its table."""
+    from dpruner import pipeline, report, store, tables, worker
+    from dpruner.loading import quiet_libraries
+    run = store.open_run(args.run, args.runs)
+    config = worker.to_go_on(run)
+    with quiet_libraries(), _watching() as watch:
+        pipeline.run(config, folder=run.folder, cache=args.cache, watch=watch)
+    result = report.summary(run)
+    print(json.dumps(result, ensure_ascii=False)) if args.json else tables.show_run(result, Console(highlight=False))
+
+
 def settings(args: argparse.Namespace, earlier: dict) -> RunConfig:
     """The settings of an earlier run, then the options.
 
@@ -160,10 +177,10 @@ def _warn_if_changed(path: str, earlier: dict, run) -> None:
 
 def command_runs(args: argparse.Namespace) -> None:
     """`runs`: a line each, or the table of one."""
-    from dpruner import report, store, tables
+    from dpruner import report, store, tables, worker
     if args.run:
         run = store.open_run(args.run, args.runs)
-        status = run.status
+        status = worker.state(run)
         if status["state"] == "done":
             result = report.summary(run)
             return print(json.dumps(result, ensure_ascii=False)) if args.json else tables.show_run(result, Console(highlight=False))
@@ -179,8 +196,9 @@ def command_runs(args: argparse.Namespace) -> None:
 
 def _status(run) -> dict:
     """A run's status; a damaged one is told like a failure, so that the others are still listed."""
+    from dpruner import worker
     try:
-        return run.status
+        return worker.state(run)
     except InputError as error:
         return {"state": "damaged", "error": {"what": error.what, "why": error.why, "what to do": error.fix}}
 

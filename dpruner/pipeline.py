@@ -119,7 +119,7 @@ def execute(run: Run, config: RunConfig, prepared: Prepared, cache: Path, status
     for label in prepared.texts.labels:
         for piece, compute in pieces(job, label, G, general_fisher):
             metrics.append(job.partial.table(piece, compute))
-        stats += [job.partial.get(f"stats of {method}@{label}") for method in config.methods]
+        stats += [job.partial.get(f"{method}@{label}") for method in config.methods]
     metrics.append(similarities(run, config, prepared.texts.labels))
     store.write_table(run.folder / "stats.parquet", in_parts(pd.concat(stats, ignore_index=True)))
     store.write_table(run.folder / "metrics.parquet", pd.concat([m for m in metrics if len(m)], ignore_index=True))
@@ -145,18 +145,25 @@ def pieces(job: Job, label: str, G: Scores, general_fisher: Scores | None) -> It
 def pruned_and_judged(job: Job, method: str, label: str, S: Callable[[], DomainImportance], general_fisher: Scores | None) -> pd.DataFrame:
     """One method for one domain: its mask into the run folder, its counts put aside, its perplexities returned."""
     job.status.about = f"{method} for {label}"
-    model, counts = job.prepared.model, f"stats of {method}@{label}"
-    if job.partial.has(counts):   # they are put aside last
-        kept = Compensated(job.run.masks(method, label), job.run.weights(method, label))
-    else:
+    model, piece = job.prepared.model, f"{method}@{label}"
+    kept = pruned_before(job, method, label) if job.partial.has(piece) else None   # its counts are put aside last
+    if kept is None:
         scores = score(job, method, label, S)
         kept = prune(job, method, label, scores, general_fisher)
         save(job.run, method, label, scores, kept)
-        job.partial.put(counts, matrix_stats(model, kept.masks, scores).assign(method=method, domain=label))
+        job.partial.put(piece, matrix_stats(model, kept.masks, scores).assign(method=method, domain=label))
         del scores
     with pruned(model, kept.masks, kept.weights):
         found = perplexities(job, job.prepared.texts.judged(label), f"{method} for {label}")
     return pd.concat([perplexity_rows(method, label, found), described(model, method, label, kept.masks)], ignore_index=True)
+
+
+def pruned_before(job: Job, method: str, label: str) -> Compensated | None:
+    """Mask and weights that an earlier process has made; None where they cannot be read any more."""
+    try:
+        return Compensated(job.run.masks(method, label), job.run.weights(method, label))
+    except InputError:
+        return None
 
 
 def continued(run: Run, now: dict) -> dict:

@@ -64,7 +64,7 @@ class Status:
         if isinstance(error, InputError):
             return error
         if isinstance(error, OSError) and error.errno in FULL:
-            return InputError(f"The run could not be written to {self.path.parent}", FULL[error.errno], "free some space and run it again")
+            return InputError(f"The run could not be written to {self.path.parent}", FULL[error.errno], "free some space and resume it")
         if isinstance(error, OSError) and error.errno in REFUSED and error.filename:
             return InputError(f"The run could not write {str(error.filename)!r}", str(error.strerror).lower(), "mend it, or name another folder")
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

@@ -32,6 +32,7 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.chmod(0o644)   # safetensors makes files that only their owner can read
         os.replace(temporary, path)
+        _make_durable(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -40,6 +41,16 @@ def clear_leftovers(folder: Path) -> None:
     """Remove temporary files of a process that was killed while it wrote; only for a folder that nobody writes to now."""
     for path in folder.rglob(".*.tmp"):
         path.unlink(missing_ok=True)
+
+
+def _make_durable(folder: Path) -> None:
+    """Names are written to the disk too: after a power cut, what was written first is there first."""
+    with contextlib.suppress(OSError):   # not every system knows folders as files
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_json(path: Path, data) -> None:

@@ -55,6 +55,15 @@ def resume(run: Run, cache: str | Path = "cache") -> None:
     Raises:
         InputError: it is done, still going, damaged, or its settings do not work here any more.
     """
+    _start(run, to_go_on(run), cache)
+
+
+def to_go_on(run: Run) -> RunConfig:
+    """The settings of a run that failed or was cancelled.
+
+    Raises:
+        InputError: as `resume`.
+    """
     status = state(run)
     if status["state"] not in OVER:
         raise InputError(f"The run {run.id} cannot go on", f"it is {status['state']}", "choose one that failed or was cancelled")
@@ -62,7 +71,7 @@ def resume(run: Run, cache: str | Path = "cache") -> None:
     config = RunConfig.from_dict(run.config)
     config.check()
     pick_device(config.device)
-    _start(run, config, cache)
+    return config
 
 
 def _start(run: Run, config: RunConfig, cache: str | Path) -> None:
