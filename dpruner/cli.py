@@ -122,25 +122,35 @@ def command_prune(args: argparse.Namespace) -> None:
     earlier = _config_file(args.config) if args.config else {}
     config = settings(args, earlier)
     config.check()
-    from dpruner import pipeline, report, tables
-    from dpruner.loading import quiet_libraries
-    with quiet_libraries(), _watching() as watch:
-        run = pipeline.run(config, runs=args.runs, cache=args.cache, watch=watch)
-    _warn_if_changed(args.config, earlier, run)
+    run = _finished(config, args, runs=args.runs)
+    if run is not None:
+        _warn_if_changed(args.config, earlier, run)
+        _show(run, args)
+
+
+def _finished(config: RunConfig, args: argparse.Namespace, **where):
+    """The run, done from beginning to end; None in a process that only helps another one."""
+    from dpruner import distributed, loading, pipeline
+    with loading.quiet_libraries(), distributed.team() as first:
+        if not first:
+            return distributed.follow(lambda: loading.load_model(config.model, revision=config.revision, device=config.device, dtype=config.dtype)[0])
+        with _watching() as watch:
+            return pipeline.run(config, cache=args.cache, watch=watch, **where)
+
+
+def _show(run, args: argparse.Namespace) -> None:
+    """The table of a finished run."""
+    from dpruner import report, tables
     result = report.summary(run)
     print(json.dumps(result, ensure_ascii=False)) if args.json else tables.show_run(result, Console(highlight=False))
 
 
 def command_resume(args: argparse.Namespace) -> None:
     """`resume`: the rest of a run, then its table."""
-    from dpruner import pipeline, report, store, tables, worker
-    from dpruner.loading import quiet_libraries
+    from dpruner import store, worker
     run = store.open_run(args.run, args.runs)
-    config = worker.to_go_on(run)
-    with quiet_libraries(), _watching() as watch:
-        pipeline.run(config, folder=run.folder, cache=args.cache, watch=watch)
-    result = report.summary(run)
-    print(json.dumps(result, ensure_ascii=False)) if args.json else tables.show_run(result, Console(highlight=False))
+    if _finished(worker.to_go_on(run), args, folder=run.folder) is not None:
+        _show(run, args)
 
 
 def settings(args: argparse.Namespace, earlier: dict) -> RunConfig:
@@ -177,13 +187,12 @@ def _warn_if_changed(path: str, earlier: dict, run) -> None:
 
 def command_runs(args: argparse.Namespace) -> None:
     """`runs`: a line each, or the table of one."""
-    from dpruner import report, store, tables, worker
+    from dpruner import store, worker
     if args.run:
         run = store.open_run(args.run, args.runs)
         status = worker.state(run)
         if status["state"] == "done":
-            result = report.summary(run)
-            return print(json.dumps(result, ensure_ascii=False)) if args.json else tables.show_run(result, Console(highlight=False))
+            return _show(run, args)
         return print(json.dumps(status, ensure_ascii=False) if args.json else f"{run.id}: {_told(status)}")
     listed = [{"id": run.id, "folder": str(run.folder), **_status(run)} for run in store.find_runs(args.runs)]
     if args.json:

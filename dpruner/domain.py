@@ -1,6 +1,7 @@
 """Domain importance: one forward and one backward pass per batch, each gradient consumed as it appears (METHOD sections 3 and 4)."""
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dpruner import distributed
 from dpruner.errors import InputError
 from dpruner.formulas import DEFAULT_LAM, FORMULAS, balanced, relative_
 from dpruner.masks import Scores, precise
@@ -118,9 +120,7 @@ def _backward(model, ids, number) -> float:
     """
     loss = next_token_loss(model, ids)
     value = loss.item()
-    if not torch.isfinite(loss):
-        raise InputError(f"The loss of calibration batch {number} is {value}", "the model overflows on this text in its precision",
-                         "use bfloat16 or float32, or other calibration text")
+    _require_finite(value, number)
     (loss * _loss_scale(model)).backward()
     return value
 
@@ -163,6 +163,49 @@ def stream_gradients(model: nn.Module, batches: list[torch.Tensor], consume: Cal
             checkpoint.offer(number, lambda: _with_losses(sums, losses))
     progress(stage, len(batches), len(batches))
     return losses
+
+
+def stream_squares(model: nn.Module, batches: list[torch.Tensor], squares: Mapping[str, torch.Tensor], *, stage: str, progress: Progress = quiet,
+                   checkpoint: Checkpoint = NOTHING) -> list[float]:
+    """Add `Σ_j g_j²` to `squares`, {name: Tensor as stored}; otherwise as `stream_gradients`. Several processes share the batches.
+
+    In float16 the first process does all of it: squares would not fit between its smallest and largest number.
+    """
+    if not distributed.several() or model.dtype == torch.float16:
+        return stream_gradients(model, batches, lambda name, g, part: squares[name][part].addcmul_(g, g), stage=stage, progress=progress,
+                                sums=squares, checkpoint=checkpoint)
+    require_batches(model, batches)
+    with distributed.announced(model, _share_squares, batches=batches):
+        return _share_squares(model, batches, squares, stage, progress)
+
+
+def _share_squares(model, batches, squares=None, stage="", progress=quiet) -> list[float]:
+    """What each of several processes does: rounds in which every one has a batch, or in the last perhaps none, which weighs nothing."""
+    parts = distributed.sharded(model)
+    weights = {n: m.weight for n, m in prunable_linears(parts).items()}
+    sums = {n: torch.zeros_like(precise(w.detach().to_local())) for n, w in weights.items()}
+    rounds = distributed.rounds(batches)
+    losses: list[float] = []
+    with _frozen(parts), consumed_gradients(weights, lambda name, g: sums[name].add_(precise(g.to_local()))):
+        for mine, weight in rounds:
+            progress(stage, len(losses), len(batches))
+            loss = next_token_loss(parts, mine.to(model.device))
+            for value in distributed.gathered(loss.item())[:len(batches) - len(losses)]:
+                losses.append(value)
+                _require_finite(value, len(losses))
+            (loss * weight).backward()
+    progress(stage, len(batches), len(batches))
+    for name, part in sums.items():
+        total = distributed.whole(part, weights[name])
+        if squares is not None:
+            squares[name].add_(total.to(squares[name]))
+    return losses
+
+
+def _require_finite(loss: float, number: int) -> None:
+    if not math.isfinite(loss):
+        raise InputError(f"The loss of calibration batch {number} is {loss}", "the model overflows on this text in its precision",
+                         "use bfloat16 or float32, or other calibration text")
 
 
 def _continued(checkpoint: Checkpoint, sums: Mapping[str, torch.Tensor]) -> tuple[int, list[float]]:
@@ -265,6 +308,9 @@ def domain_importance(model: nn.Module, batches: list[torch.Tensor], G: Mapping[
                "sums": {f"{what} {n}": total for n, a in accumulators.items() for what, total in a.sums.items()}}
     if finetune:
         losses = _tune_and_stream(model, batches, consume, finetune, **watched)
+    elif formula == "balanced":
+        del watched["sums"]
+        losses = stream_squares(model, batches, {n: a.squares for n, a in accumulators.items()}, **watched)
     else:
         losses = stream_gradients(model, batches, consume, **watched)
     names = transposed_names(model)
@@ -291,8 +337,7 @@ def fisher_diagonal(model: nn.Module, batches: list[torch.Tensor], *, stage: str
         Scores, float32, shaped as stored.
     """
     squares = blank_scores(model)
-    losses = stream_gradients(model, batches, lambda name, g, part: squares[name][part].addcmul_(g, g), stage=stage, progress=progress,
-                              sums=squares, checkpoint=checkpoint)
+    losses = stream_squares(model, batches, squares, stage=stage, progress=progress, checkpoint=checkpoint)
     for s in squares.values():
         s.div_(len(losses))
     return squares

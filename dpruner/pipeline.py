@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from dpruner import baselines, calibration, store
+from dpruner import baselines, calibration, distributed, store
 from dpruner.calibration import load_calibration, load_texts
 from dpruner.compensate import Compensated, allotted, compensate_after, compensate_walk, compensation_sets, mixed_fisher
 from dpruner.config import RunConfig, split_domain
@@ -235,7 +235,7 @@ def record(config: RunConfig, prepared: Prepared) -> dict:
         "config": config.to_dict(),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": {"python": platform.python_version(), **packages},
-        "device": {"type": model.device.type, "threads": torch.get_num_threads(), "precision": str(model.dtype).removeprefix("torch.")},
+        "device": {"type": model.device.type, "threads": torch.get_num_threads(), "precision": str(model.dtype).removeprefix("torch."), **processes()},
         "model": {"class": type(model).__name__, "fingerprint": prepared.fingerprint, "commit": getattr(model.config, "_commit_hash", None),
                   "prunable_weights": prunable, "weights": total, "skipped": skipped_weights(model),
                   "transposed": sorted(transposed_names(model)), "heads": heads_of(model)},
@@ -278,7 +278,12 @@ def cached_general_fisher(job: Job, cache: Path) -> Scores | None:
 def _cache_key(prepared: Prepared) -> dict:
     """What decides the bits of anything computed on the open domain."""
     return {"model": prepared.fingerprint, "calibration": calibration.fingerprint(prepared.texts.general),
-            "device": prepared.model.device.type, "torch": version("torch")}
+            "device": prepared.model.device.type, "torch": version("torch"), **processes()}
+
+
+def processes() -> dict:
+    """How many processes share the run, where it is more than one: they add up in another order, so the last bits differ."""
+    return {"processes": distributed.size()} if distributed.several() else {}
 
 
 def score_domain(job: Job, label: str, batches: list[torch.Tensor], G: Scores) -> DomainImportance:

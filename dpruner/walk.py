@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import nn
 
+from dpruner import distributed
 from dpruner.hessian import Hessian
 from dpruner.masks import as_rows, precise
 from dpruner.model import decoder_blocks, linears_of, require_batches, stored_transposed
@@ -166,7 +167,7 @@ def _original_weights(linears: dict[str, nn.Module]):
 
 
 @torch.no_grad()
-def walk(model: nn.Module, calibrations: list[list[torch.Tensor]], visit: Callable,
+def walk(model: nn.Module, calibrations: list[list[torch.Tensor]], visit: Callable | None,
          results: Mapping[str, Mapping[str, torch.Tensor]] | None = None, *, update: bool = True, stage: str = "walk", progress: Progress = quiet, checkpoint: Checkpoint = NOTHING) -> None:
     """Go through the decoder block by block with the Hessian of every linear, as SparseGPT does (METHOD section 2).
 
@@ -176,7 +177,8 @@ def walk(model: nn.Module, calibrations: list[list[torch.Tensor]], visit: Callab
     Args:
         calibrations: one or more sets of calibration batches, each a list of LongTensors (b, seqlen); their Hessians stay apart.
         visit: `visit(rows, hessians)` with rows = {name: float32 weight (out, in), a copy} and hessians = one Hessian per set;
-            returns the new rows by name where `update` is set.
+            returns the new rows by name where `update` is set. None in a process that follows another one: it takes its share of the
+            calibration, and its weights from there.
         results: {what: {name: Tensor}} that `visit` fills in place, block by block.
         update: let the updated block produce the inputs of the next one; otherwise every block sees what the dense model would give it.
         stage, progress: what is reported after every block.
@@ -185,16 +187,21 @@ def walk(model: nn.Module, calibrations: list[list[torch.Tensor]], visit: Callab
     Raises:
         InputError: a calibration set is empty or too long for the model.
     """
+    for batches in calibrations:
+        require_batches(model, batches)
+    with distributed.announced(model, walk, calibrations=calibrations, visit=None, update=update):
+        _walk(model, calibrations, visit, results or {}, update, stage, progress, NOTHING if distributed.several() else checkpoint)
+
+
+def _walk(model, calibrations, visit, results, update, stage, progress, checkpoint) -> None:
     _, blocks = decoder_blocks(model)
     sets = []
     for batches in calibrations:
-        require_batches(model, batches)
         # always the same passes, however the caller batched: which of two equal scores goes can hang on the last bit, and in a walk all that
         # follows hangs on which
-        batches = stack(batches)
+        batches = stack(distributed.share([row for batch in batches for row in batch.split(1)]))
         recorder = block_calls(model, blocks, batches)
         sets.append((recorder.hidden, recorder.calls))
-    results = results or {}
     start, saved = checkpoint.load()
     _restore(saved, results, sets)
     for index, block in enumerate(blocks):
@@ -207,11 +214,14 @@ def walk(model: nn.Module, calibrations: list[list[torch.Tensor]], visit: Callab
         # without an update the pass that collects the inputs is the pass that makes the next block's
         hessians = [_collect(block, linears, hidden, calls[index], keep_output=not update) for hidden, calls in sets]
         with _original_weights(linears) if update else contextlib.nullcontext():
-            for names in sorted({names for found in hessians for names in found}):
+            for names in sorted(set().union(*distributed.gathered({names for found in hessians for names in found}))):
                 rows = {n: precise(as_rows(linears[n].weight.detach(), stored_transposed(linears[n]))).clone() for n in names}
-                new = visit(rows, [found.get(names) or Hessian(rows[names[0]].shape[1]) for found in hessians])
+                like = rows[names[0]]
+                of_sets = [distributed.add_up(found.get(names) or Hessian(like.shape[1]), like) for found in hessians]
+                new = visit(rows, of_sets) if visit else rows
                 for n in names if update else ():
                     as_rows(linears[n].weight.data, stored_transposed(linears[n])).copy_(new[n])
+                    distributed.spread(linears[n].weight.data)
             if update:
                 for hidden, calls in sets:
                     for j, x in enumerate(hidden):
