@@ -14,6 +14,7 @@ from dpruner.formulas import FORMULAS
 from dpruner.general import SPARSITY
 from dpruner.masks import parse_granularity, require_sparsity
 from dpruner.loading import DTYPES, STARTER
+from dpruner.memory import parse_size
 
 MOST = 1_000_000   # of anything that is counted
 METHODS = ("dpruner", "domain", "general", "magnitude", "wanda", "sparsegpt", "random")
@@ -56,6 +57,7 @@ class RunConfig:
     eval_documents: int = setting(100, "held-out documents per domain, at most")
     seed: int = setting(0, "of everything that is drawn")
     device: str | None = setting(None, "cpu, cuda, cuda:1, mps; default the best there is")
+    memory: str | None = setting(None, "most to use on the device, such as 16GB; default what is free there; changes no result")
     dtype: str | None = setting(None, "float32, bfloat16, float16; default float32 on the CPU, as stored elsewhere")
 
     def __post_init__(self):
@@ -118,6 +120,8 @@ class RunConfig:
                 raise InputError(f"{name} = {getattr(self, name)} cannot be used", f"no run takes more than {MOST:,}", "give a smaller number")
         if self.seed >= 2**63:
             raise InputError(f"seed = {self.seed} cannot be used", "random numbers start from a whole number below 2⁶³", "give a smaller number")
+        if self.memory is not None:
+            parse_size(self.memory)
         if self.lam is not None and not 0 <= self.lam < float("inf"):
             raise InputError(f"λ = {self.lam} cannot be used", "it weighs the general side and is 0 or more", "give a number such as 1")
 

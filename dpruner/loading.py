@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
-from dpruner import hub, starter
+from dpruner import hub, memory, starter
 from dpruner.errors import InputError
 from dpruner.model import prunable_linears, require_causal, require_finite
 
@@ -80,12 +80,15 @@ def load_model(name: str = STARTER, *, revision: str | None = None, device: str 
         config = _load_config(name, source, where)
         _require_safe_index(name, source, config, where)
         tokenizer = _guarded(name, lambda: AutoTokenizer.from_pretrained(source, **where))
+        outside = memory.holds_weights(device)
         model, info = _guarded(name, lambda: AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **where))
+            source, config=config, dtype="auto" if outside else dtype, use_safetensors=True, output_loading_info=True, **where))
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise InputError(f"The model {name!r} is incomplete", f"{len(missing)} of its weights are not in its files, {missing[0]} first",
                          "give the folder or id of a complete causal language model")
+    if outside:
+        memory.settle(model, model.dtype if dtype == "auto" else dtype)
     model.to(device).eval()
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         raise InputError(f"The model {name!r} does not fit its tokenizer",

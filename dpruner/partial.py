@@ -67,6 +67,10 @@ class Checkpoint:
         self.last = time.monotonic()
         self.cost = self.last - began
 
+    def part(self, number: int) -> "Checkpoint":
+        """The state of one of several passes of the stage."""
+        return Checkpoint(self.folder and self.folder / f"pass {number}")
+
     def clear(self) -> None:
         """The stage's result is safe elsewhere."""
         if self.folder is not None:

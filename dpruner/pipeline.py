@@ -1,5 +1,6 @@
 """A run from beginning to end, in the order of the paper's method section. The one file to read first."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -15,7 +16,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from dpruner import baselines, calibration, distributed, store
+from dpruner import baselines, calibration, distributed, memory, store
 from dpruner.calibration import load_calibration, load_texts
 from dpruner.compensate import Compensated, allotted, compensate_after, compensate_walk, compensation_sets, mixed_fisher
 from dpruner.config import RunConfig, split_domain
@@ -24,8 +25,8 @@ from dpruner.errors import InputError
 from dpruner.evaluate import Estimate, perplexity
 from dpruner.general import general_importance
 from dpruner.masks import Scores, jaccard, jaccard_floor, make_masks, pruned, ranked, sparsity_of
-from dpruner.loading import load_model, pick_device
-from dpruner.model import count_weights, fingerprint, heads_of, require_length, skipped_weights, transposed_names
+from dpruner.loading import blank_model, load_model, pick_device
+from dpruner.model import count_weights, decoder_blocks, fingerprint, heads_of, require_length, skipped_weights, transposed_names
 from dpruner.partial import Partial
 from dpruner.stats import in_parts, matrix_stats
 from dpruner.status import Status
@@ -58,7 +59,7 @@ def run(config: RunConfig, *, runs: str | Path = "runs", cache: str | Path = "ca
         KeyboardInterrupt: after status.json says "cancelled".
     """
     config.check()
-    with turn(pick_device(config.device), waiting):
+    with turn(pick_device(config.device), waiting), memory.following(plan_of(config), Path(cache)):
         if folder is None:
             prepared = prepare(config)
             run = store.new_run(runs, config.title)
@@ -68,6 +69,23 @@ def run(config: RunConfig, *, runs: str | Path = "runs", cache: str | Path = "ca
         with Status(run.folder, watch) as status:
             execute(run, config, prepared or prepare(config), Path(cache), status)
     return run
+
+
+def plan_of(config: RunConfig) -> memory.Plan:
+    """How the run keeps to the memory it may use, or else to what is free on its device.
+
+    Raises:
+        InputError: it cannot.
+    """
+    from dpruner import estimate   # which asks here what a run consists of
+    device = str(pick_device(config.device))
+    if config.memory is None:
+        with contextlib.suppress(InputError):   # of a model that cannot be loaded: said when it is
+            return estimate.choose(config, blank_model(config.model, config.revision), device, estimate.available_memory(device))
+        return memory.Plan()
+    model = blank_model(config.model, config.revision)
+    estimate.require_memory(config, model, device)
+    return estimate.choose(config, model, device, memory.parse_size(config.memory))
 
 
 class Prepared(NamedTuple):
@@ -92,6 +110,14 @@ def prepare(config: RunConfig) -> Prepared:
     return Prepared(model, tokenizer, Texts(config, tokenizer), prunable_sparsity(config, model), fingerprint(model))
 
 
+def advice(config: RunConfig, model: nn.Module) -> str:
+    """What to do when a run has found too little memory."""
+    from dpruner import estimate
+    device = str(pick_device(config.device))
+    helpful = estimate.remedies(config, model, device, int(0.9 * sum(estimate.peak_memory(config, model, device).values())))
+    return "; or ".join(r.words for r in helpful) or "choose a smaller model or another device"
+
+
 class Job(NamedTuple):
     """A run at work."""
 
@@ -112,6 +138,14 @@ def execute(run: Run, config: RunConfig, prepared: Prepared, cache: Path, status
     store.write_json(run.folder / "run.json", continued(run, record(config, prepared)))
     job = Job(run, config, prepared, status, Partial(run.folder, status.skip))
 
+    status.advice = functools.partial(advice, config, prepared.model)
+    with memory.checkpointing(decoder_blocks(prepared.model)[1]):
+        pruned_models(job, cache)
+
+
+def pruned_models(job: Job, cache: Path) -> None:
+    """Everything a run leaves, from general importance to its tables."""
+    run, config, prepared, status, _ = job
     G = cached_general_importance(job, cache)
     general_fisher = cached_general_fisher(job, cache)
     status.about = DENSE
@@ -174,7 +208,8 @@ def continued(run: Run, now: dict) -> dict:
     """
     before = run.record if (run.folder / "run.json").is_file() else {}
     for what in ("config", "model", "calibration", "versions", "device") if "calibration" in before else ():
-        if before[what] != json.loads(json.dumps(now[what])):
+        then, here = ({k: v for k, v in r[what].items() if k != "memory"} for r in (before, json.loads(json.dumps(now))))   # it changes no bit
+        if then != here:
             raise InputError(f"The run {run.id} cannot go on", f"its {what} is not what it was when it began, so the result would be neither the one nor "
                              "the other", "start a new run with the same settings")
     return {**now, "created": before.get("created", now["created"])}
@@ -272,7 +307,7 @@ def cached_general_fisher(job: Job, cache: Path) -> Scores | None:
     if job.config.compensate != "walk" or job.config.fisher != "both" or "dpruner" not in job.config.methods:
         return None
     return cached(cache, "fisher", _cache_key(job.prepared), lambda: fisher_diagonal(
-        job.prepared.model, job.prepared.texts.general, stage="general fisher", **job.watched("general fisher")), job.status)
+        job.prepared.model, job.prepared.texts.general, stage="general fisher", passes=memory.plan().passes, **job.watched("general fisher")), job.status)
 
 
 def _cache_key(prepared: Prepared) -> dict:
@@ -291,7 +326,7 @@ def score_domain(job: Job, label: str, batches: list[torch.Tensor], G: Scores) -
     config = job.config
     tune = FineTune(epochs=config.epochs) if config.finetune else None
     return domain_importance(job.prepared.model, batches, G, config.formula, config.lam, means="model" if config.granularity == "global" else "matrix",
-                             finetune=tune, **job.watched(f"domain importance of {label}"))
+                             finetune=tune, passes=memory.plan().passes, **job.watched(f"domain importance of {label}"))
 
 
 def score(job: Job, method: str, label: str, S: Callable[[], DomainImportance]) -> Scores | None:
@@ -323,7 +358,7 @@ def prune(job: Job, method: str, label: str, scores: Scores | None, general_fish
         return baselines.sparsegpt(model, texts.sets(label, config.baseline_calibration), sparsity, **watched)
     sets = texts.sets(label, config.hessian)
     if method == "dpruner" and config.compensate == "walk":
-        fishers = [fisher_diagonal(model, texts.domains[label], stage="domain fisher", **job.watched(f"fisher of {label}"))]
+        fishers = [fisher_diagonal(model, texts.domains[label], stage="domain fisher", passes=memory.plan().passes, **job.watched(f"fisher of {label}"))]
         fishers += [general_fisher] if general_fisher is not None else []
         wanted = allotted(model, fishers, sparsity) if config.allot == "loss" else sparsity
         fisher = mixed_fisher(fishers) if len(fishers) > 1 else fishers[0]
@@ -353,7 +388,10 @@ def save_ranks(run: Run, method: str, label: str, scores: Scores) -> None:
     """The rank of every weight in its matrix, and the scores at the edges of the 256 bins."""
     if run.path("edges", method, label).is_file():   # the last of the two to be written
         return
-    found = {n: ranked(s, n in scores.transposed) for n, s in scores.items()}
+    found = {}
+    for name, s in scores.items():
+        bins, edges = ranked(s, name in scores.transposed)
+        found[name] = memory.kept(bins), edges
     store.write_tensors(run.path("ranks", method, label), {n: bins for n, (bins, _) in found.items()})
     store.write_tensors(run.path("edges", method, label), {n: edges for n, (_, edges) in found.items()})
 

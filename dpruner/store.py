@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from dpruner import memory
 from dpruner.errors import InputError
 from dpruner.masks import Scores, pack, unpack
 
@@ -162,7 +163,7 @@ def read_masks(path: Path) -> dict[str, torch.Tensor]:
         InputError: the file is missing, damaged, or no mask file.
     """
     masks = LazyMasks(path)
-    return {n: masks[n] for n in masks}
+    return {n: memory.kept(masks[n]) for n in masks}
 
 
 class LazyMasks(Mapping):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import nn
 
-from dpruner import distributed
+from dpruner import distributed, memory
 from dpruner.hessian import Hessian
 from dpruner.masks import as_rows, precise
 from dpruner.model import decoder_blocks, linears_of, require_batches, stored_transposed
@@ -53,7 +53,7 @@ class Recorder:
         hidden = args[0] if args else kwargs["hidden_states"]
         args, kwargs = [None, *args[1:]] if args else [], {k: None if k == "hidden_states" else v for k, v in kwargs.items()}
         if index == 0:
-            self.hidden.append(hidden)
+            self.hidden.append(memory.kept(hidden))
         if self.calls[index]:
             old_args, old_kwargs = self.calls[index][-1]
             args = [_shared(a, b) for a, b in zip(args, old_args, strict=True)]
@@ -116,6 +116,7 @@ def block_calls(model: nn.Module, blocks: nn.ModuleList, batches: list[torch.Ten
 def run_block(block: nn.Module, hidden: torch.Tensor, call: tuple[tuple, dict]) -> torch.Tensor:
     """One block on one batch: hidden states (b, seqlen, hidden) to hidden states of the same shape."""
     args, kwargs = call
+    hidden = hidden.to(next(block.parameters()).device)   # they may have waited outside it
     if args:
         return first(block(hidden, *args[1:], **kwargs))
     return first(block(**{**kwargs, "hidden_states": hidden}))
@@ -225,7 +226,7 @@ def _walk(model, calibrations, visit, results, update, stage, progress, checkpoi
             if update:
                 for hidden, calls in sets:
                     for j, x in enumerate(hidden):
-                        hidden[j] = run_block(block, x, calls[index][j])
+                        hidden[j] = memory.kept(run_block(block, x, calls[index][j]))
         for _, calls in sets:
             calls[index] = None
         checkpoint.offer(index + 1, lambda: {_HIDDEN.format(k, j): x for k, (hidden, _) in enumerate(sets) for j, x in enumerate(hidden)},
@@ -262,5 +263,5 @@ def _collect(block, linears, hidden, calls, keep_output) -> dict[tuple[str, ...]
                     found[tuple(names)].add(tensor)
             seen.clear()
             if keep_output:
-                hidden[j] = output
+                hidden[j] = memory.kept(output)
     return found

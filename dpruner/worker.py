@@ -122,7 +122,7 @@ def died(code: int | None = None) -> dict:
     how = {None: "its process ended without a word, killed or out of memory or with the whole machine",
            -signal.SIGKILL: "its process was killed, by the system if memory ran out"}
     return {"what": "The run stopped in the middle", "why": how.get(code, f"its process ended with code {code}"),
-            "what to do": "resume it: what it has is kept; if it ends so once more, lower its memory"}
+            "what to do": "resume it: what it has is kept; if it ends so once more, with a limit such as --memory 8GB"}
 
 
 def _alive(status: dict) -> bool:
