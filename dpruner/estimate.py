@@ -21,7 +21,7 @@ from dpruner.memory import Plan, parse_size
 from dpruner.model import count_weights, decoder_blocks, hidden_size, linears_of, max_length, prunable_linears, require_length
 from dpruner.walk import TOKENS_PER_PASS
 
-PROGRAM = {"cpu": 600e6, "cuda": 700e6}   # bytes of Python, torch and the text before there is a model; on an accelerator of its context
+PROGRAM = {"cpu": 380e6, "cuda": 700e6}   # bytes of Python, torch and the text before there is a model; on an accelerator of its context
 SPARE = 1.15            # what allocators keep beyond what is in use
 START = 5.0             # seconds until a process has imported everything
 LOADING = 0.4e9         # bytes a second: read, checked for NaN and fingerprinted
@@ -74,7 +74,7 @@ def peak_memory(config: RunConfig, model: nn.Module, device: str, plan: Plan | N
     logits = vocabulary * (2 * item + 8)                                  # and once more in float32, twice
     largest = max(a * b for a, b in shapes)
     inside = 0 if plan.outside else 1   # of what is as large as the model, how often it is there
-    always = {"program": PROGRAM.get(kind, 0), "weights": 0 if files else total * item, "general importance": 4 * prunable * inside}
+    always = {"weights": 0 if files else total * item, "general importance": 4 * prunable * inside}
 
     widest = max(map(max, shapes))
     block = max(sum(m.weight.numel() for m in linears_of(model, b).values()) for b in blocks)
@@ -85,7 +85,7 @@ def peak_memory(config: RunConfig, model: nn.Module, device: str, plan: Plan | N
     in_pass = 0 if files else prunable if not plan.outside else prunable / plan.passes
     scoring = {"domain scores": SCORES[config.formula] * in_pass, "general importance of a part": (1 - inside) * 4 * in_pass}
     if config.finetune:
-        tokens = 8 * min(config.seqlen, 1024)
+        tokens = min(8, config.nsamples) * min(config.seqlen, 1024)
         largest = max(largest, vocabulary * hidden)
         if kind == "cpu" and not files:
             scoring["copy of the weights"] = total * item
@@ -97,7 +97,7 @@ def peak_memory(config: RunConfig, model: nn.Module, device: str, plan: Plan | N
                "evaluation": max(window, TOKENS_PER_PASS) * (logits + 4 * widest * item)} if config.evaluate else {}
     ranking = {"ranking of one matrix": 32 * largest} if plan.outside else {}
     worst = max((walk, scoring, judging, ranking), key=lambda parts: sum(parts.values()))
-    return {what: round(SPARE * size) for what, size in (always | worst).items() if size}
+    return {"program": round(PROGRAM.get(kind, 0)), **{what: round(SPARE * size) for what, size in (always | worst).items() if size}}
 
 
 def choose(config: RunConfig, model: nn.Module, device: str, allowance: int) -> Plan:

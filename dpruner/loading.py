@@ -88,7 +88,8 @@ def load_model(name: str = STARTER, *, revision: str | None = None, device: str 
         raise InputError(f"The model {name!r} is incomplete", f"{len(missing)} of its weights are not in its files, {missing[0]} first",
                          "give the folder or id of a complete causal language model")
     if outside:
-        memory.settle(model, model.dtype if dtype == "auto" else dtype)
+        dtype = model.dtype if dtype == "auto" else dtype
+        memory.settle(model, dtype, _on_meta(config, dtype))
     model.to(device).eval()
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         raise InputError(f"The model {name!r} does not fit its tokenizer",
@@ -118,6 +119,11 @@ def blank_model(name: str = STARTER, revision: str | None = None) -> nn.Module:
     prunable_linears(model)
     require_causal(model)
     return model
+
+
+def _on_meta(config, dtype: torch.dtype) -> nn.Module:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
 
 
 def is_here(name: str, revision: str | None = None) -> bool:

@@ -5,11 +5,13 @@ is computed there are the same bits.
 """
 
 import contextlib
+import ctypes
 import os
 import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from dpruner.errors import InputError
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+M_MMAP_THRESHOLD = -3   # of mallopt(3)
 SMALLEST = 2**16   # bytes below which a tensor stays where it is
 
 
@@ -55,7 +58,7 @@ def parse_size(words: str) -> int:
     found = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,6})?)\s*([KMGT]?I?)B?\s*", words.upper(), re.ASCII)
     if found is None or found[2] not in UNITS or float(found[1]) == 0:
         raise InputError(f"The memory {words!r} is not known", "it is an amount such as 16GB, 512MB or 7.5GiB", "give one of this kind")
-    return int(float(found[1]) * UNITS[found[2]])
+    return int(Fraction(found[1]) * UNITS[found[2]])
 
 
 @contextlib.contextmanager
@@ -68,10 +71,18 @@ def following(plan: Plan, folder: Path) -> Iterator[None]:
     global _plan, _folder
     before = _plan, _folder
     _plan, _folder = plan, folder if plan.outside else None
+    if plan.outside:
+        _give_back_at_once()
     try:
         yield
     finally:
         _plan, _folder = before
+
+
+def _give_back_at_once() -> None:
+    """Let the C library return what is freed to the system: by itself it keeps pieces for later, in time as many as make a model."""
+    with contextlib.suppress(OSError, AttributeError):   # other systems have other libraries
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 def _file(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
@@ -89,7 +100,7 @@ def _file(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _lives_outside(tensor: torch.Tensor) -> bool:
-    return _folder is not None and tensor.numel() * tensor.element_size() >= SMALLEST
+    return _folder is not None and tensor.numel() * tensor.element_size() >= max(SMALLEST, 1)
 
 
 def zeros(like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -123,17 +134,18 @@ def holds_weights(device: torch.device) -> bool:
     return _folder is not None and device.type == "cpu"
 
 
-def settle(model: nn.Module, dtype: torch.dtype) -> None:
+def settle(model: nn.Module, dtype: torch.dtype, like: nn.Module) -> None:
     """Move the weights of a model outside, one after the other, in the precision asked for.
 
     Those of a checkpoint's own file, as it was loaded, would leave that file when they are changed.
+
+    Args:
+        like: the same model in that precision, on the meta device; its buffers say which precision they keep.
     """
-    stored = model.dtype
     for p in model.parameters():
         p.data = copied(p.data.to(dtype))
-    for b in model.buffers():
-        if b.is_floating_point() and b.dtype == stored:
-            b.data = b.data.to(dtype)
+    for name, buffer in model.named_buffers():
+        buffer.data = buffer.data.to(like.get_buffer(name).dtype)
 
 
 @contextlib.contextmanager

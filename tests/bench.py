@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import bench_app
+import bench_memory
 import plain
 import psutil
 import torch
@@ -192,7 +193,7 @@ def demo():
 
 
 PARTS = {"general": general, "domain": domain, "memory": memory, "cost": linear_cost, "demo": demo,
-         "app": lambda: bench_app.small(row), "large": lambda: bench_app.large(row)}
+         "budget": lambda: bench_memory.estimates(row), "app": lambda: bench_app.small(row), "large": lambda: bench_app.large(row)}
 
 
 def main():
