@@ -262,7 +262,7 @@ def remedies(config: RunConfig, model: nn.Module, device: str, available: int) -
 
     now = sum(peak_memory(config, model, device).values())
     helpful = [r for r in (remedy(*step) for step in steps) if r.bytes < now]
-    limited = remedy(f"keep to a limit (memory {available / 1e9:.3g}GB): slower, with the same result", {"memory": f"{available // 1000}KB"})
+    limited = remedy(f"keep to a limit (memory {available / 1e9:.3g}GB; a run does so by itself where too little is free): slower, with the same result", {"memory": f"{available // 1000}KB"})
     if config.memory is None and limited.bytes <= available:
         return [limited, *(r for r in helpful if r.bytes <= available)]
     if enough := [r for r in helpful if r.bytes <= available]:
