@@ -1,4 +1,7 @@
-"""The command line: prune, resume, evaluate, similarity, generate, export, runs. Exit code 0, 1 (failed: one line why and what to do) or 2 (bad arguments)."""
+"""The command line: prune, resume, runs, evaluate, similarity, generate, export.
+
+The exit code is 0, 1 (failed: one line says why and what to do) or 2 (bad arguments).
+"""
 
 import argparse
 import contextlib

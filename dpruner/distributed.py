@@ -150,7 +150,10 @@ def spread(tensor: torch.Tensor) -> None:
 
 
 class SumOfSquares(ReduceScatter):
-    """Adds up the squares of the processes' gradients in place of the gradients: each has a batch of its own, and `Σ g_j²` is wanted, not `(Σ g_j)²`."""
+    """Adds up the squares of the processes' gradients in place of the gradients.
+
+    Each process has a batch of its own, and `Σ g_j²` is wanted, not `(Σ g_j)²`.
+    """
 
     def allocate(self, size, *, dtype, device):
         return torch.empty(size, dtype=dtype, device=device)

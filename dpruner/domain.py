@@ -335,7 +335,8 @@ def _accumulate(model, batches, accumulators, formula, finetune, watched) -> lis
     return stream_gradients(model, batches, consume, names=accumulators, **watched)
 
 
-def passes_over(linears: Mapping[str, nn.Module], passes: int, stage: str, progress: Progress, checkpoint: Checkpoint) -> Iterator[tuple[list[str], dict]]:
+def passes_over(linears: Mapping[str, nn.Module], passes: int, stage: str, progress: Progress,
+                checkpoint: Checkpoint) -> Iterator[tuple[list[str], dict]]:
     """The weights in as many parts as there are passes over the calibration, near-equal ones, and what each pass is given.
 
     Yields:

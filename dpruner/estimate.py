@@ -15,7 +15,7 @@ from dpruner import distributed, pipeline
 from dpruner.calibration import CATALOGUE, load_texts
 from dpruner.config import RunConfig, split_domain
 from dpruner.errors import InputError
-from dpruner.loading import DTYPES, is_here, pick_device
+from dpruner.loading import DTYPES, blank_model, is_here, pick_device
 from dpruner.masks import ranked
 from dpruner.memory import Plan, parse_size
 from dpruner.model import count_weights, decoder_blocks, hidden_size, linears_of, max_length, prunable_linears, require_length
@@ -121,8 +121,32 @@ def require_memory(config: RunConfig, model: nn.Module, device: str) -> None:
     needed, most = sum(parts.values()), max(parts, key=parts.get)
     if needed > parse_size(config.memory):
         helpful = remedies(config, model, device, parse_size(config.memory))
-        raise InputError(f"The run does not fit into {config.memory} of memory", f"at its most sparing it takes {needed / 1e9:.2f} GB, most of it for {most} "
-                         f"({parts[most] / 1e9:.2f} GB)", "; or ".join(r.words for r in helpful) or f"allow it {needed / 1e9 + 0.01:.2f}GB")
+        raise InputError(f"The run does not fit into {config.memory} of memory",
+                         f"at its most sparing it takes {needed / 1e9:.2f} GB, most of it for {most} ({parts[most] / 1e9:.2f} GB)",
+                         "; or ".join(r.words for r in helpful) or f"allow it {needed / 1e9 + 0.01:.2f}GB")
+
+
+def plan_of(config: RunConfig) -> Plan:
+    """How a run keeps to the memory it may use, or else to what is free on its device.
+
+    Raises:
+        InputError: it cannot.
+    """
+    device = str(pick_device(config.device))
+    if config.memory is None:
+        with contextlib.suppress(InputError):   # of a model that cannot be loaded: said when it is
+            return choose(config, blank_model(config.model, config.revision), device, available_memory(device))
+        return Plan()
+    model = blank_model(config.model, config.revision)
+    require_memory(config, model, device)
+    return choose(config, model, device, parse_size(config.memory))
+
+
+def advice(config: RunConfig, model: nn.Module) -> str:
+    """What to do when a run has found too little memory."""
+    device = str(pick_device(config.device))
+    helpful = remedies(config, model, device, int(0.9 * sum(peak_memory(config, model, device).values())))
+    return "; or ".join(r.words for r in helpful) or "choose a smaller model or another device"
 
 
 def disk(config: RunConfig, model: nn.Module) -> int:
@@ -262,7 +286,8 @@ def remedies(config: RunConfig, model: nn.Module, device: str, available: int) -
 
     now = sum(peak_memory(config, model, device).values())
     helpful = [r for r in (remedy(*step) for step in steps) if r.bytes < now]
-    limited = remedy(f"keep to a limit (memory {available / 1e9:.3g}GB; a run does so by itself where too little is free): slower, with the same result", {"memory": f"{available // 1000}KB"})
+    limited = remedy(f"keep to a limit (memory {available / 1e9:.3g}GB; a run does so by itself where too little is free): slower, with the same "
+                     "result", {"memory": f"{available // 1000}KB"})
     if config.memory is None and limited.bytes <= available:
         return [limited, *(r for r in helpful if r.bytes <= available)]
     if enough := [r for r in helpful if r.bytes <= available]:

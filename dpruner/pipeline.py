@@ -1,6 +1,5 @@
 """A run from beginning to end, in the order of the paper's method section. The one file to read first."""
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -25,7 +24,7 @@ from dpruner.errors import InputError
 from dpruner.evaluate import Estimate, perplexity
 from dpruner.general import general_importance
 from dpruner.masks import Scores, jaccard, jaccard_floor, make_masks, pruned, ranked, sparsity_of
-from dpruner.loading import blank_model, load_model, pick_device
+from dpruner.loading import load_model, pick_device
 from dpruner.model import count_weights, decoder_blocks, fingerprint, heads_of, require_length, skipped_weights, transposed_names
 from dpruner.partial import Partial
 from dpruner.stats import in_parts, matrix_stats
@@ -58,8 +57,9 @@ def run(config: RunConfig, *, runs: str | Path = "runs", cache: str | Path = "ca
         InputError: one sentence on what is wrong; also kept in status.json when the run had begun.
         KeyboardInterrupt: after status.json says "cancelled".
     """
+    from dpruner import estimate   # which asks here what a run consists of
     config.check()
-    with turn(pick_device(config.device), waiting), memory.following(plan_of(config), Path(cache)):
+    with turn(pick_device(config.device), waiting), memory.following(estimate.plan_of(config), Path(cache)):
         if folder is None:
             prepared = prepare(config)
             run = store.new_run(runs, config.title)
@@ -69,23 +69,6 @@ def run(config: RunConfig, *, runs: str | Path = "runs", cache: str | Path = "ca
         with Status(run.folder, watch) as status:
             execute(run, config, prepared or prepare(config), Path(cache), status)
     return run
-
-
-def plan_of(config: RunConfig) -> memory.Plan:
-    """How the run keeps to the memory it may use, or else to what is free on its device.
-
-    Raises:
-        InputError: it cannot.
-    """
-    from dpruner import estimate   # which asks here what a run consists of
-    device = str(pick_device(config.device))
-    if config.memory is None:
-        with contextlib.suppress(InputError):   # of a model that cannot be loaded: said when it is
-            return estimate.choose(config, blank_model(config.model, config.revision), device, estimate.available_memory(device))
-        return memory.Plan()
-    model = blank_model(config.model, config.revision)
-    estimate.require_memory(config, model, device)
-    return estimate.choose(config, model, device, memory.parse_size(config.memory))
 
 
 class Prepared(NamedTuple):
@@ -110,14 +93,6 @@ def prepare(config: RunConfig) -> Prepared:
     return Prepared(model, tokenizer, Texts(config, tokenizer), prunable_sparsity(config, model), fingerprint(model))
 
 
-def advice(config: RunConfig, model: nn.Module) -> str:
-    """What to do when a run has found too little memory."""
-    from dpruner import estimate
-    device = str(pick_device(config.device))
-    helpful = estimate.remedies(config, model, device, int(0.9 * sum(estimate.peak_memory(config, model, device).values())))
-    return "; or ".join(r.words for r in helpful) or "choose a smaller model or another device"
-
-
 class Job(NamedTuple):
     """A run at work."""
 
@@ -138,7 +113,8 @@ def execute(run: Run, config: RunConfig, prepared: Prepared, cache: Path, status
     store.write_json(run.folder / "run.json", continued(run, record(config, prepared)))
     job = Job(run, config, prepared, status, Partial(run.folder, status.skip))
 
-    status.advice = functools.partial(advice, config, prepared.model)
+    from dpruner import estimate
+    status.advice = functools.partial(estimate.advice, config, prepared.model)
     with memory.checkpointing(decoder_blocks(prepared.model)[1]):
         pruned_models(job, cache)
 

@@ -169,7 +169,8 @@ def _original_weights(linears: dict[str, nn.Module]):
 
 @torch.no_grad()
 def walk(model: nn.Module, calibrations: list[list[torch.Tensor]], visit: Callable | None,
-         results: Mapping[str, Mapping[str, torch.Tensor]] | None = None, *, update: bool = True, stage: str = "walk", progress: Progress = quiet, checkpoint: Checkpoint = NOTHING) -> None:
+         results: Mapping[str, Mapping[str, torch.Tensor]] | None = None, *, update: bool = True, stage: str = "walk",
+         progress: Progress = quiet, checkpoint: Checkpoint = NOTHING) -> None:
     """Go through the decoder block by block with the Hessian of every linear, as SparseGPT does (METHOD section 2).
 
     In a block the Hessians of all linears are taken with the block's own weights, on inputs that the blocks before it produced after their

@@ -22,6 +22,7 @@ from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
 
 from dpruner import pipeline
 
+CHOICES = ("Method", "Domain", "Layer", "Module")
 THINKING = (2.0, 8.0)   # seconds between what a page shows and the next click
 WARM = 60.0             # seconds after which memory is expected to grow no more
 
@@ -53,7 +54,7 @@ class Session:
 
     def click(self) -> None:
         """Every third click opens another page, the others change what a page shows."""
-        usable = [w for w in self.widgets.values() if w.label in ("Method", "Domain", "Layer", "Module") or w.label.startswith("Sparsity")]
+        usable = [w for w in self.widgets.values() if w.label.startswith("Sparsity") or w.label in CHOICES and len(w.options)]
         if not usable or self.random.random() < 1 / 3:
             self.page, self.widgets = self.random.choice(PAGES), {}
             return

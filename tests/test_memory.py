@@ -65,7 +65,7 @@ def test_a_sparing_run_ends_with_the_same_bits(name, dtype, llama, tmp_path, mon
     config = RunConfig(model=str(llama), domains=("legal",), **SMALL | {"device": "cpu", "dtype": dtype} | RUNS[name])
     usual = pipeline.run(config, runs=tmp_path / "usual", cache=tmp_path / "cache of usual")
     monkeypatch.setattr(memory, "SMALLEST", 0)
-    monkeypatch.setattr(pipeline, "plan_of", lambda config: SPARING)
+    monkeypatch.setattr(estimate, "plan_of", lambda config: SPARING)
     sparing = pipeline.run(config, runs=tmp_path / "sparing", cache=tmp_path / "cache of sparing")
     assert content(sparing) == content(usual) and not list(tmp_path.rglob(".outside*"))
 
