@@ -59,11 +59,7 @@ class Session:
             self.page, self.widgets = self.random.choice(PAGES), {}
             return
         chosen = self.random.choice(usable)
-        if hasattr(chosen, "options"):
-            options = list(chosen.options)
-            self.states[chosen.id] = self.random.choice(options)
-        if hasattr(chosen, "step"):
-            self.states[chosen.id] = float(self.random.randrange(20, 90))
+        self.states[chosen.id] = float(self.random.randrange(20, 90)) if hasattr(chosen, "step") else self.random.choice(list(chosen.options))
 
     async def rerun(self) -> None:
         """Ask for a run of the script with the widgets as they stand, and take in what comes until it is finished."""
