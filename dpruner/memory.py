@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from dpruner.errors import InputError
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-M_MMAP_THRESHOLD = -3   # of mallopt(3)
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8   # of mallopt(3)
 SMALLEST = 2**16   # bytes below which a tensor stays where it is
 
 
@@ -72,17 +72,18 @@ def following(plan: Plan, folder: Path) -> Iterator[None]:
     before = _plan, _folder
     _plan, _folder = plan, folder if plan.outside else None
     if plan.outside:
-        _give_back_at_once()
+        give_back_at_once()
     try:
         yield
     finally:
         _plan, _folder = before
 
 
-def _give_back_at_once() -> None:
-    """Let the C library return what is freed to the system: by itself it keeps pieces for later, in time as many as make a model."""
+def give_back_at_once() -> None:
+    """Let the C library return what is freed to the system: by itself it keeps pieces for later, for every thread, in time as many as make a model."""
     with contextlib.suppress(OSError, AttributeError):   # other systems have other libraries
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
 
 
 def _file(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:

@@ -137,7 +137,8 @@ def main():
     print("| page | clicks | median | 95th percentile | longest |\n|---|---|---|---|---|")
     for page, times in [*sorted(took.items()), ("all", every)]:
         print(f"| {page} | {len(times)} | {np.median(times):.2f} s | {np.quantile(times, 0.95):.2f} s | {max(times):.2f} s |")
-    print(f"\nMemory of the server: {warm[0] / 1e6:.0f} MB after the first minute, {warm[-1] / 1e6:.0f} MB at the end, {max(warm) / 1e6:.0f} MB at most.")
+    minutes = [f"{size / 1e6:.0f}" for when, size in sizes if when >= WARM][::60]
+    print(f"\nMemory of the server from the first minute on, minute by minute: {', '.join(minutes)} MB; {warm[-1] / 1e6:.0f} MB at the end.")
     print(f"Errors: {len(errors)}", *sorted(set(errors)), sep="\n")
 
 
