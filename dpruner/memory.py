@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from dpruner.errors import InputError
 
@@ -147,25 +146,3 @@ def settle(model: nn.Module, dtype: torch.dtype, like: nn.Module) -> None:
         p.data = copied(p.data.to(dtype))
     for name, buffer in model.named_buffers():
         buffer.data = buffer.data.to(like.get_buffer(name).dtype)
-
-
-@contextlib.contextmanager
-def checkpointing(blocks: nn.ModuleList) -> Iterator[None]:
-    """While open, and where the plan says so, blocks keep nothing but their inputs for backward, and run a second time when it reaches them: the same bits in less memory.
-
-    Not transformers' own: that one asks for training mode, in which some models drop out.
-    """
-    before = [block.__dict__.get("forward") for block in blocks]
-
-    def twice(original):
-        return lambda *args, **kwargs: checkpoint(original, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-    try:
-        for block in blocks if _plan.checkpointing else ():
-            block.forward = twice(block.forward)
-        yield
-    finally:
-        for block, forward in zip(blocks, before, strict=True):
-            block.__dict__.pop("forward", None)
-            if forward is not None:
-                block.forward = forward

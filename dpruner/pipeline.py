@@ -31,6 +31,7 @@ from dpruner.stats import in_parts, matrix_stats
 from dpruner.status import Status
 from dpruner.store import Run
 from dpruner.turns import turn
+from dpruner.walk import checkpointing
 
 DENSE = "dense"                  # the method's name in tables where nothing is pruned
 HALVED = ("dpruner", "domain")   # methods whose masks two halves of a calibration set can disagree on
@@ -115,7 +116,7 @@ def execute(run: Run, config: RunConfig, prepared: Prepared, cache: Path, status
 
     from dpruner import estimate
     status.advice = functools.partial(estimate.advice, config, prepared.model)
-    with memory.checkpointing(decoder_blocks(prepared.model)[1]):
+    with checkpointing(decoder_blocks(prepared.model)[1]):
         pruned_models(job, cache)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint as again
 
 from dpruner import distributed, memory
 from dpruner.hessian import Hessian
@@ -85,10 +86,30 @@ def _passing_through(blocks: nn.ModuleList, recorder: Recorder):
             return (hidden, *returns[index][1:]) if isinstance(returns[index], tuple) else hidden
         return forward
 
+    with _forwards(blocks, patched):
+        yield
+
+
+@contextlib.contextmanager
+def checkpointing(blocks: nn.ModuleList) -> Iterator[None]:
+    """While open, and where the memory's plan says so, blocks keep nothing but their inputs for backward, and run a second time when it reaches them.
+
+    The same bits in less memory. Not transformers' own: that one asks for training mode, in which some models drop out.
+    """
+    def twice(index, original):
+        return lambda *args, **kwargs: again(original, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    with _forwards(blocks, twice) if memory.plan().checkpointing else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def _forwards(blocks: nn.ModuleList, replaced: Callable[[int, Callable], Callable]):
+    """While open, blocks run `replaced(index, their own forward)`."""
     before = [block.__dict__.get("forward") for block in blocks]   # accelerate, for one, puts its own there
     try:
         for index, block in enumerate(blocks):
-            block.forward = patched(index, block.forward)
+            block.forward = replaced(index, block.forward)
         yield
     finally:
         for block, forward in zip(blocks, before, strict=True):

@@ -16,6 +16,7 @@ from dpruner import InputError, RunConfig, cli, domain_importance, estimate, gen
 from dpruner.domain import fisher_diagonal, stream_gradients
 from dpruner.memory import Plan, parse_size
 from dpruner.model import decoder_blocks
+from dpruner.walk import checkpointing
 
 ROOT = Path(__file__).parents[1]
 SPARING = Plan(outside=True, checkpointing=True, passes=3)
@@ -97,7 +98,7 @@ def test_checkpointing_gives_the_same_gradients_and_leaves_the_model_as_it_was(f
     calls, block = [], decoder_blocks(model)[1][0]
     block.register_forward_hook(lambda *_: calls.append(1))
     usual = gradients()
-    with memory.following(SPARING, tmp_path), memory.checkpointing(decoder_blocks(model)[1]):
+    with memory.following(SPARING, tmp_path), checkpointing(decoder_blocks(model)[1]):
         assert "forward" in block.__dict__
         sparing = gradients()
     assert len(usual) == len(sparing) and "forward" not in block.__dict__
