@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: setup app demo test bench screenshots clean
+.PHONY: setup app demo test bench load screenshots clean
 .DEFAULT_GOAL = app
 
 setup: .venv/ready
@@ -24,6 +24,9 @@ test: setup
 
 bench: setup
 	PYTHONPATH=. $(BIN)/python tests/bench.py
+
+load: setup
+	PYTHONPATH=. $(BIN)/python tests/load.py
 
 screenshots: setup
 	PYTHONPATH=. $(BIN)/python tests/screenshots.py

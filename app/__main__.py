@@ -3,15 +3,41 @@
 The libraries are loaded and the demonstration is on its way before the browser opens, so that its first page is there at once.
 """
 
+import ipaddress
 import logging
 import sys
 from pathlib import Path
 
 MAIN = Path(__file__).with_name("main.py")
+LOCAL = "127.0.0.1"
+OPEN = ("The app is open to the network at {}: whoever reaches this machine can start runs on it, read and delete its run folders, bring files, and "
+        "name any model folder or text file that you can read; there is no password. Leave --server.address out to keep it to this machine.")
+
+
+def address(options: list[str]) -> str:
+    """Where the server will listen: what the options, the environment or a config file say, else this machine only.
+
+    Args:
+        options: of the command line, as `streamlit run` takes them.
+    """
+    from streamlit import config
+    flags = dict(zip(options, options[1:], strict=False)) | dict(o.split("=", 1) for o in options if "=" in o)
+    return flags.get("--server.address") or config.get_option("server.address") or LOCAL
+
+
+def is_local(address: str) -> bool:
+    """Whether nobody but this machine can reach an address."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
 
 
 def main() -> None:
     """Get ready, then serve until ctrl-C."""
+    where = address(sys.argv[1:])
+    if not is_local(where):
+        print(f"  {OPEN.format(where)}", file=sys.stderr, flush=True)
     print("  D-Pruner Studio is getting ready …", flush=True)
     logging.getLogger("streamlit.runtime.caching").setLevel(logging.ERROR)   # the pages' caches are made before there is a server
     from app import demo
@@ -21,7 +47,7 @@ def main() -> None:
     except InputError as error:   # such as a folder that cannot be written: the pages say so too
         print(f"  {error}", file=sys.stderr)
     from streamlit.web import cli
-    sys.argv = ["streamlit", "run", str(MAIN), *sys.argv[1:]]
+    sys.argv = ["streamlit", "run", str(MAIN), *sys.argv[1:], f"--server.address={where}"]   # elsewhere than in its folder it has no config file
     sys.exit(cli.main())
 
 

@@ -230,12 +230,8 @@ def is_large(run: Run) -> bool:
 
 def _part_rows(folder: str, method: str, domain: str, part: str | None = None) -> pd.DataFrame:
     """The rows of stats.parquet on one mask, or on one kind of its parts: the file of a large model has millions."""
-    path, wanted = Path(folder) / "stats.parquet", {"method": method, "domain": domain, "part": part}
-    try:
-        return pd.read_parquet(path, filters=[(column, "==", value) for column, value in wanted.items() if value])
-    except (ValueError, OSError):
-        store.read_table(path)   # says what is wrong with the file
-        raise
+    wanted = {"method": method, "domain": domain, "part": part}
+    return store.read_table(Path(folder) / "stats.parquet", [(column, "==", value) for column, value in wanted.items() if value])
 
 
 @st.cache_data(max_entries=64, show_spinner=False)

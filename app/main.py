@@ -5,6 +5,7 @@ import gc
 import streamlit as st
 
 from app import demo, state, widgets
+from dpruner import memory
 from dpruner.errors import InputError
 
 st.set_page_config(page_title="D-Pruner Studio", page_icon=":material/content_cut:", layout="wide")
@@ -24,9 +25,13 @@ PAGES = {
 
 @st.cache_resource
 def put_aside() -> None:
-    """Streamlit collects garbage after every script run: a fifth of a second, while the libraries' million objects are looked at each time."""
+    """What the libraries have loaded is not looked at again, and what a script frees is freed.
+
+    Streamlit collects garbage after every script run: a fifth of a second, while the libraries' million objects are looked at each time.
+    """
     gc.collect()
     gc.freeze()
+    memory.give_back_at_once()
 
 
 put_aside()

@@ -5,6 +5,7 @@ import hashlib
 import torch
 from torch import nn
 
+from dpruner import memory
 from dpruner.compensate import Compensated, compensated_walk
 from dpruner.general import release_cut, saliency
 from dpruner.masks import Scores, as_rows, precise, removed_rows, require_sparsity, usual_width
@@ -15,7 +16,7 @@ from dpruner.walk import Progress, quiet, walk
 
 def magnitude(model: nn.Module) -> Scores:
     """`|w|` of every prunable weight, float32, as stored."""
-    return Scores({n: precise(m.weight.detach()).abs() for n, m in prunable_linears(model).items()}, transposed_names(model))
+    return Scores({n: memory.kept(precise(m.weight.detach()).abs()) for n, m in prunable_linears(model).items()}, transposed_names(model))
 
 
 def random(model: nn.Module, seed: int, salt: str = "") -> Scores:
@@ -28,7 +29,7 @@ def random(model: nn.Module, seed: int, salt: str = "") -> Scores:
         key = hashlib.sha256(f"{seed} {salt} {name}".encode()).digest()
         return torch.rand(shape, generator=torch.Generator().manual_seed(int.from_bytes(key[:7])))
 
-    return Scores({n: draw(n, m.weight.shape).to(m.weight.device) for n, m in prunable_linears(model).items()}, transposed_names(model))
+    return Scores({n: memory.kept(draw(n, m.weight.shape).to(m.weight.device)) for n, m in prunable_linears(model).items()}, transposed_names(model))
 
 
 def wanda(model: nn.Module, batches: list[torch.Tensor], sparsity: float | None = None, granularity: str = "row", *,

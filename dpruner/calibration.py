@@ -4,6 +4,7 @@ A domain is named by one string: a built-in corpus ("healthcare"), an entry of t
 it into documents, `load_calibration` into batches of token ids, `load_tasks` gives the questions of a built-in domain.
 """
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -43,7 +44,9 @@ def domain_label(domain: str | Path) -> str:
     name, names = str(domain), _names()
     if name in names:
         return name
-    file = os.path.basename(os.path.abspath(os.path.expanduser(name)))  # "." and ".." become folder names
+    with contextlib.suppress(ValueError):  # the home of a user whose name no system can have
+        name = os.path.expanduser(name)
+    file = os.path.basename(os.path.abspath(name))  # "." and ".." become folder names
     stem = re.sub(rf"({'|'.join(map(re.escape, files.BUILDERS))})?(\.gz)?$", "", file, flags=re.IGNORECASE)
     label = re.sub(r"[^A-Za-z0-9_-]+", "-", stem)[:80].strip("-") or "domain"
     return f"{label}-file" if label in names else label

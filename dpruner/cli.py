@@ -1,4 +1,7 @@
-"""The command line: prune, evaluate, similarity, generate, export, runs. Exit code 0, 1 (failed: one line why and what to do) or 2 (bad arguments)."""
+"""The command line: prune, resume, runs, evaluate, similarity, generate, export.
+
+The exit code is 0, 1 (failed: one line says why and what to do) or 2 (bad arguments).
+"""
 
 import argparse
 import contextlib
@@ -57,6 +60,11 @@ def parser() -> argparse.ArgumentParser:
     for field in dataclasses.fields(RunConfig):
         _add_setting(prune, field)
     prune.set_defaults(command=command_prune)
+
+    resume = commands.add_parser("resume", parents=[common], help="let a run that failed or was stopped go on from what it has")
+    resume.add_argument("run", help="id of a run, the start of it, a folder, or 'last'")
+    resume.add_argument("--cache", default="cache", metavar="FOLDER", help="folder of what runs share (default: cache)")
+    resume.set_defaults(command=command_resume)
 
     runs = commands.add_parser("runs", parents=[common], help="list the runs, or show one")
     runs.add_argument("run", nargs="?", help="id of a run, the start of it, a folder, or 'last'")
@@ -117,13 +125,35 @@ def command_prune(args: argparse.Namespace) -> None:
     earlier = _config_file(args.config) if args.config else {}
     config = settings(args, earlier)
     config.check()
-    from dpruner import pipeline, report, tables
-    from dpruner.loading import quiet_libraries
-    with quiet_libraries(), _watching() as watch:
-        run = pipeline.run(config, runs=args.runs, cache=args.cache, watch=watch)
-    _warn_if_changed(args.config, earlier, run)
+    run = _finished(config, args, runs=args.runs)
+    if run is not None:
+        _warn_if_changed(args.config, earlier, run)
+        _show(run, args)
+
+
+def _finished(config: RunConfig, args: argparse.Namespace, **where):
+    """The run, done from beginning to end; None in a process that only helps another one."""
+    from dpruner import distributed, loading, pipeline
+    with loading.quiet_libraries(), distributed.team() as first:
+        if not first:
+            return distributed.follow(lambda: loading.load_model(config.model, revision=config.revision, device=config.device, dtype=config.dtype)[0])
+        with _watching() as watch:
+            return pipeline.run(config, cache=args.cache, watch=watch, **where)
+
+
+def _show(run, args: argparse.Namespace) -> None:
+    """The table of a finished run."""
+    from dpruner import report, tables
     result = report.summary(run)
     print(json.dumps(result, ensure_ascii=False)) if args.json else tables.show_run(result, Console(highlight=False))
+
+
+def command_resume(args: argparse.Namespace) -> None:
+    """`resume`: the rest of a run, then its table."""
+    from dpruner import store, worker
+    run = store.open_run(args.run, args.runs)
+    if _finished(worker.to_go_on(run), args, folder=run.folder) is not None:
+        _show(run, args)
 
 
 def settings(args: argparse.Namespace, earlier: dict) -> RunConfig:
@@ -140,8 +170,8 @@ def _config_file(path: str) -> dict:
     """A run.json as it is, or a plain object of settings as {"config": settings}."""
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        why = "it is not JSON" if isinstance(error, ValueError) else error.strerror.lower()
+    except (OSError, ValueError, RecursionError) as error:
+        why = error.strerror.lower() if isinstance(error, OSError) else "it is not JSON"
         raise InputError(f"The config file {path!r} cannot be read", why, "give a run.json of an earlier run, or an object of settings") from error
     if not isinstance(data, dict) or not isinstance(data.get("config", {}), dict):
         raise InputError(f"The config file {path!r} cannot be used", "it holds no object of settings", "give a run.json of an earlier run")
@@ -160,13 +190,12 @@ def _warn_if_changed(path: str, earlier: dict, run) -> None:
 
 def command_runs(args: argparse.Namespace) -> None:
     """`runs`: a line each, or the table of one."""
-    from dpruner import report, store, tables
+    from dpruner import store, worker
     if args.run:
         run = store.open_run(args.run, args.runs)
-        status = run.status
+        status = worker.state(run)
         if status["state"] == "done":
-            result = report.summary(run)
-            return print(json.dumps(result, ensure_ascii=False)) if args.json else tables.show_run(result, Console(highlight=False))
+            return _show(run, args)
         return print(json.dumps(status, ensure_ascii=False) if args.json else f"{run.id}: {_told(status)}")
     listed = [{"id": run.id, "folder": str(run.folder), **_status(run)} for run in store.find_runs(args.runs)]
     if args.json:
@@ -179,8 +208,9 @@ def command_runs(args: argparse.Namespace) -> None:
 
 def _status(run) -> dict:
     """A run's status; a damaged one is told like a failure, so that the others are still listed."""
+    from dpruner import worker
     try:
-        return run.status
+        return worker.state(run)
     except InputError as error:
         return {"state": "damaged", "error": {"what": error.what, "why": error.why, "what to do": error.fix}}
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from dpruner import memory
 from dpruner.errors import InputError
 from dpruner.general import saliency, sweep_group
 from dpruner.formulas import inverse
@@ -36,8 +37,8 @@ def compensated_walk(model: nn.Module, calibrations: list[list[torch.Tensor]], c
     """
     names = transposed_names(model)
     linears = prunable_linears(model)
-    masks = {n: torch.ones_like(m.weight, dtype=torch.bool) for n, m in linears.items()}
-    weights = {n: m.weight.detach().clone() for n, m in linears.items()}
+    masks = {n: memory.zeros(m.weight.detach(), torch.bool) for n, m in linears.items()}
+    weights = {n: memory.copied(m.weight.detach()) for n, m in linears.items()}
 
     def visit(rows, hessians):
         H = hessians[0].mean() if len(hessians) == 1 else mix([h.mean() for h in hessians])
@@ -173,4 +174,4 @@ def compensate_walk(model: nn.Module, calibrations: list[list[torch.Tensor]], fi
 
 def mixed_fisher(fishers: list[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Sum of diagonal Fishers, each matrix divided by its mean (`fisher="both"`)."""
-    return {n: sum(relative(f[n]) for f in fishers) for n in fishers[0]}
+    return {n: memory.kept(sum(relative(f[n]) for f in fishers)) for n in fishers[0]}

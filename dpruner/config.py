@@ -3,6 +3,7 @@
 import dataclasses
 import types
 import typing
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from dpruner.formulas import FORMULAS
 from dpruner.general import SPARSITY
 from dpruner.masks import parse_granularity, require_sparsity
 from dpruner.loading import DTYPES, STARTER
+from dpruner.memory import parse_size
 
+MOST = 1_000_000   # of anything that is counted
 METHODS = ("dpruner", "domain", "general", "magnitude", "wanda", "sparsegpt", "random")
 
 
@@ -54,6 +57,7 @@ class RunConfig:
     eval_documents: int = setting(100, "held-out documents per domain, at most")
     seed: int = setting(0, "of everything that is drawn")
     device: str | None = setting(None, "cpu, cuda, cuda:1, mps; default the best there is")
+    memory: str | None = setting(None, "most to use on the device, such as 16GB; default what is free there; changes no result")
     dtype: str | None = setting(None, "float32, bfloat16, float16; default float32 on the CPU, as stored elsewhere")
 
     def __post_init__(self):
@@ -68,7 +72,10 @@ class RunConfig:
             InputError: one sentence on the first that is wrong.
         """
         for field in dataclasses.fields(self):
-            _check_type(field.name, getattr(self, field.name), field.type)
+            value = getattr(self, field.name)
+            _check_type(field.name, value, field.type)
+            for text in value if isinstance(value, tuple) else (value,):
+                _check_text(field.name, text)
         for name, allowed in {"sparsity_of": ("prunable", "model"), "formula": tuple(FORMULAS), "compensate": (None, "after", "walk"),
                               "hessian": HESSIANS, "fisher": ("domain", "both"), "allot": ALLOTMENTS, "general_mode": ("sequential", "static"),
                               "baseline_calibration": HESSIANS, "dtype": (None, *DTYPES)}.items():
@@ -109,8 +116,12 @@ class RunConfig:
         for name, least in (("nsamples", 1), ("seqlen", 2), ("epochs", 1), ("eval_documents", 1), ("eval_seqlen", 2), ("seed", 0)):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise InputError(f"{name} = {getattr(self, name)} cannot be used", f"it is a count of {least} or more", "give a larger number")
+            if name != "seed" and (getattr(self, name) or 0) > MOST:
+                raise InputError(f"{name} = {getattr(self, name)} cannot be used", f"no run takes more than {MOST:,}", "give a smaller number")
         if self.seed >= 2**63:
             raise InputError(f"seed = {self.seed} cannot be used", "random numbers start from a whole number below 2⁶³", "give a smaller number")
+        if self.memory is not None:
+            parse_size(self.memory)
         if self.lam is not None and not 0 <= self.lam < float("inf"):
             raise InputError(f"λ = {self.lam} cannot be used", "it weighs the general side and is 0 or more", "give a number such as 1")
 
@@ -151,6 +162,12 @@ def _check_type(name: str, value, annotation) -> None:
             return
     expected = " or ".join({"NoneType": "nothing"}.get(getattr(o, "__name__", ""), getattr(o, "__name__", str(o))) for o in options)
     raise InputError(f"{name} = {value!r} cannot be used", f"it takes {expected.replace('tuple', 'a list of names')}", "correct its value")
+
+
+def _check_text(name: str, value) -> None:
+    """Names travel through files, processes and addresses: control characters and halves of characters do not survive that."""
+    if isinstance(value, str) and any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
+        raise InputError(f"{name} = {value!r} cannot be used", "it holds characters that cannot be written", "correct its value, or rename the file")
 
 
 def split_domain(domain: str) -> tuple[str, str]:

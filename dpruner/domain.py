@@ -1,17 +1,19 @@
 """Domain importance: one forward and one backward pass per batch, each gradient consumed as it appears (METHOD sections 3 and 4)."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dpruner import distributed, memory
 from dpruner.errors import InputError
 from dpruner.formulas import DEFAULT_LAM, FORMULAS, balanced, relative_
-from dpruner.masks import Scores, precise
-from dpruner.model import blank_scores, prunable_linears, require_batches, transposed_names
+from dpruner.masks import Scores, precise, precision
+from dpruner.model import prunable_linears, require_batches, transposed_names
 from dpruner.partial import NOTHING, Checkpoint
 from dpruner.walk import Progress, quiet, stack
 
@@ -102,7 +104,7 @@ def _frozen(model: nn.Module):
 @contextlib.contextmanager
 def _restored(model: nn.Module):
     """Every parameter comes back bit for bit; the copies wait on the host."""
-    originals = [(p, p.detach().cpu().clone()) for p in model.parameters()]
+    originals = [(p, memory.copied(p.detach().cpu())) for p in model.parameters()]
     try:
         yield
     finally:
@@ -118,9 +120,7 @@ def _backward(model, ids, number) -> float:
     """
     loss = next_token_loss(model, ids)
     value = loss.item()
-    if not torch.isfinite(loss):
-        raise InputError(f"The loss of calibration batch {number} is {value}", "the model overflows on this text in its precision",
-                         "use bfloat16 or float32, or other calibration text")
+    _require_finite(value, number)
     (loss * _loss_scale(model)).backward()
     return value
 
@@ -136,10 +136,12 @@ def parts_of(shape: torch.Size, largest: int) -> list[slice]:
 
 
 def stream_gradients(model: nn.Module, batches: list[torch.Tensor], consume: Callable[[str, torch.Tensor, slice], None], *, stage: str,
-                     progress: Progress = quiet, sums: Mapping[str, torch.Tensor] | None = None, checkpoint: Checkpoint = NOTHING) -> list[float]:
+                     names: Collection[str] | None = None, progress: Progress = quiet, sums: Mapping[str, torch.Tensor] | None = None,
+                     checkpoint: Checkpoint = NOTHING) -> list[float]:
     """Hand over the gradient of every prunable weight on every batch, never keeping more than about one of them.
 
     Args:
+        names: of the weights whose gradients are wanted; None for all.
         batches: LongTensors (b, seqlen); each gives one gradient of its mean next-token loss.
         consume: `consume(name, g, part)` with g the float32 gradient of the rows `part` of the weight as stored; it may be overwritten.
         sums: every tensor that `consume` changes, in place.
@@ -152,7 +154,7 @@ def stream_gradients(model: nn.Module, batches: list[torch.Tensor], consume: Cal
         InputError: no batches, too long ones, or a loss that is not finite.
     """
     require_batches(model, batches)
-    linears = prunable_linears(model)
+    linears = {n: m for n, m in prunable_linears(model).items() if names is None or n in names}
     take = _by_parts(linears, consume, _loss_scale(model))
     sums = sums or {}
     start, losses = _continued(checkpoint, sums)
@@ -165,9 +167,54 @@ def stream_gradients(model: nn.Module, batches: list[torch.Tensor], consume: Cal
     return losses
 
 
+def stream_squares(model: nn.Module, batches: list[torch.Tensor], squares: Mapping[str, torch.Tensor], *, stage: str, progress: Progress = quiet,
+                   checkpoint: Checkpoint = NOTHING) -> list[float]:
+    """Add `Σ_j g_j²` to `squares`, {name: Tensor as stored}; otherwise as `stream_gradients`. Several processes share the batches.
+
+    In float16 the first process does all of it: squares would not fit between its smallest and largest number.
+    """
+    if not distributed.several() or model.dtype == torch.float16:
+        return stream_gradients(model, batches, lambda name, g, part: squares[name][part].addcmul_(g, g), stage=stage, names=squares,
+                                progress=progress, sums=squares, checkpoint=checkpoint)
+    require_batches(model, batches)
+    with distributed.announced(model, _share_squares, batches=batches, names=list(squares)):
+        return _share_squares(model, batches, list(squares), squares, stage, progress)
+
+
+def _share_squares(model, batches, names, squares=None, stage="", progress=quiet) -> list[float]:
+    """What each of several processes does: rounds in which every one has a batch, or in the last perhaps none, which weighs nothing."""
+    parts = distributed.sharded(model)
+    weights = {n: m.weight for n, m in prunable_linears(parts).items() if n in names}
+    sums = {n: torch.zeros_like(precise(w.detach().to_local())) for n, w in weights.items()}
+    rounds = distributed.rounds(batches)
+    losses: list[float] = []
+    with _frozen(parts), consumed_gradients(weights, lambda name, g: sums[name].add_(precise(g.to_local()))):
+        for mine, weight in rounds:
+            progress(stage, len(losses), len(batches))
+            loss = next_token_loss(parts, mine.to(model.device))
+            for value in distributed.gathered(loss.item())[:len(batches) - len(losses)]:
+                losses.append(value)
+                _require_finite(value, len(losses))
+            (loss * weight).backward()
+    progress(stage, len(batches), len(batches))
+    for name, part in sums.items():
+        total = distributed.whole(part, weights[name])
+        if squares is not None:
+            squares[name].add_(total.to(squares[name]))
+    return losses
+
+
+def _require_finite(loss: float, number: int) -> None:
+    if not math.isfinite(loss):
+        raise InputError(f"The loss of calibration batch {number} is {loss}", "the model overflows on this text in its precision",
+                         "use bfloat16 or float32, or other calibration text")
+
+
 def _continued(checkpoint: Checkpoint, sums: Mapping[str, torch.Tensor]) -> tuple[int, list[float]]:
     """(batches done, their losses) of an earlier pass, whose sums are put in place."""
     start, saved = checkpoint.load()
+    if not saved.keys() >= set(sums):   # of a pass over other weights
+        start = 0
     for name, total in sums.items() if start else ():
         total.copy_(saved[name])
     return start, saved["losses"].tolist() if start else []
@@ -223,7 +270,7 @@ def _tune_and_stream(model, batches, consume, tune: FineTune, *, stage, progress
 
 def domain_importance(model: nn.Module, batches: list[torch.Tensor], G: Mapping[str, torch.Tensor], formula: str = "balanced",
                       lam: float | None = None, *, means: str = "matrix", alpha: float = ALPHA, finetune: FineTune | None = None,
-                      progress: Progress = quiet, checkpoint: Checkpoint = NOTHING) -> DomainImportance:
+                      passes: int = 1, progress: Progress = quiet, checkpoint: Checkpoint = NOTHING) -> DomainImportance:
     """Score every prunable weight for a domain, alone and together with general importance (METHOD sections 3 and 4).
 
     Args:
@@ -237,6 +284,7 @@ def domain_importance(model: nn.Module, batches: list[torch.Tensor], G: Mapping[
         alpha: rate α of the gradient step that the penalty looks at; with fine-tuning its learning rate.
         finetune: fine-tune while scoring, as the paper does. "taylor" and "release" then use each step's weights, "balanced" the original ones,
             which are the ones that the mask removes.
+        passes: over the batches, each for a part of the weights: less memory on an accelerator, the same bits. One where it fine-tunes.
         progress: called with ("domain importance", batches done, batches).
         checkpoint: see `stream_gradients`.
 
@@ -256,43 +304,71 @@ def domain_importance(model: nn.Module, batches: list[torch.Tensor], G: Mapping[
         raise InputError("The general importance does not fit the model", "its names or shapes are those of other weights",
                          "compute it with general_importance on this very model")
     alpha = finetune.lr if finetune else alpha
-    accumulators = {n: FORMULAS[formula](m.weight.data, G[n].to(m.weight.device), lam, alpha) for n, m in linears.items()}
-
-    def consume(name, g, part):
-        accumulators[name].add(g, part)
-
-    watched = {"stage": "domain importance", "progress": progress, "checkpoint": checkpoint,
-               "sums": {f"{what} {n}": total for n, a in accumulators.items() for what, total in a.sums.items()}}
-    if finetune:
-        losses = _tune_and_stream(model, batches, consume, finetune, **watched)
-    else:
-        losses = stream_gradients(model, batches, consume, **watched)
-    names = transposed_names(model)
-    domain = Scores({n: a.domain(len(losses)) for n, a in accumulators.items()}, names)
+    domain, dual = Scores({}, transposed_names(model)), Scores({}, transposed_names(model))
+    for part, watched in passes_over(linears, 1 if finetune else passes, "domain importance", progress, checkpoint):
+        accumulators = {n: FORMULAS[formula](linears[n].weight.data, G[n].to(linears[n].weight.device), lam, alpha) for n in part}
+        losses = _accumulate(model, batches, accumulators, formula, finetune, watched)
+        for name, a in accumulators.items():
+            domain[name] = memory.kept(a.domain(len(losses)))
+            if formula != "balanced":
+                dual[name] = memory.kept(a.dual(len(losses)))
+        del accumulators
     if formula == "balanced":
         domain = relative_(domain, means)
         dual = balanced(domain, G, lam, means)
-    else:
-        dual = Scores({n: a.dual(len(losses)) for n, a in accumulators.items()}, names)
     for name, scores in dual.items():
         if not torch.isfinite(scores.max()):   # NaN is passed on by the maximum
             raise InputError(f"The scores of {name} are not finite", "its gradients overflowed", "use bfloat16 or float32, or fewer batches")
-    return DomainImportance(dual, domain, Scores({n: G[n] for n in linears}, names), losses)   # G may come from a file, in its own order
+    return DomainImportance(dual, domain, Scores({n: G[n] for n in linears}, dual.transposed), losses)   # G may come from a file, in its own order
 
 
-def fisher_diagonal(model: nn.Module, batches: list[torch.Tensor], *, stage: str = "fisher", progress: Progress = quiet,
+def _accumulate(model, batches, accumulators, formula, finetune, watched) -> list[float]:
+    """One pass over the batches, into accumulators {name: one of FORMULAS}; returns the losses."""
+    def consume(name, g, part):
+        accumulators[name].add(g, part)
+
+    if formula == "balanced" and not finetune:
+        return stream_squares(model, batches, {n: a.squares for n, a in accumulators.items()}, **watched)
+    watched["sums"] = {f"{what} {n}": total for n, a in accumulators.items() for what, total in a.sums.items()}
+    if finetune:
+        return _tune_and_stream(model, batches, consume, finetune, **watched)
+    return stream_gradients(model, batches, consume, names=accumulators, **watched)
+
+
+def passes_over(linears: Mapping[str, nn.Module], passes: int, stage: str, progress: Progress,
+                checkpoint: Checkpoint) -> Iterator[tuple[list[str], dict]]:
+    """The weights in as many parts as there are passes over the calibration, near-equal ones, and what each pass is given.
+
+    Yields:
+        (names, {"stage", "progress", "checkpoint"}); progress counts the batches of all passes.
+    """
+    whole = sum(m.weight.numel() for m in linears.values())
+    parts, done = [[] for _ in range(passes)], 0
+    for name, m in linears.items():
+        parts[min(passes - 1, done * passes // whole)].append(name)
+        done += m.weight.numel()
+    parts = [part for part in parts if part]
+    for number, part in enumerate(parts):
+        def told(stage, step, steps, number=number):
+            if step or not number:   # a stage begins once
+                progress(stage, number * steps + step, len(parts) * steps)
+        yield part, {"stage": stage, "progress": told, "checkpoint": checkpoint.part(number) if len(parts) > 1 else checkpoint}
+
+
+def fisher_diagonal(model: nn.Module, batches: list[torch.Tensor], *, stage: str = "fisher", passes: int = 1, progress: Progress = quiet,
                     checkpoint: Checkpoint = NOTHING) -> Scores:
     """Diagonal of the empirical Fisher, `mean_j g_j²`, of every prunable weight.
 
     Args:
         batches: LongTensors (b, seqlen), one gradient each.
+        passes: over the batches, each for a part of the weights.
 
     Returns:
         Scores, float32, shaped as stored.
     """
-    squares = blank_scores(model)
-    losses = stream_gradients(model, batches, lambda name, g, part: squares[name][part].addcmul_(g, g), stage=stage, progress=progress,
-                              sums=squares, checkpoint=checkpoint)
-    for s in squares.values():
-        s.div_(len(losses))
-    return squares
+    linears, found = prunable_linears(model), Scores({}, transposed_names(model))
+    for part, watched in passes_over(linears, passes, stage, progress, checkpoint):
+        squares = {n: memory.sums(linears[n].weight.detach(), precision(linears[n].weight)) for n in part}
+        losses = stream_squares(model, batches, squares, **watched)
+        found |= {n: memory.kept(s.div_(len(losses))) for n, s in squares.items()}
+    return found

@@ -11,20 +11,23 @@ import psutil
 import torch
 from torch import nn
 
-from dpruner import pipeline
+from dpruner import distributed, pipeline
 from dpruner.calibration import CATALOGUE, load_texts
 from dpruner.config import RunConfig, split_domain
-from dpruner.loading import DTYPES, is_here
+from dpruner.errors import InputError
+from dpruner.loading import DTYPES, blank_model, is_here, pick_device
 from dpruner.masks import ranked
+from dpruner.memory import Plan, parse_size
 from dpruner.model import count_weights, decoder_blocks, hidden_size, linears_of, max_length, prunable_linears, require_length
 from dpruner.walk import TOKENS_PER_PASS
 
-PROGRAM = {"cpu": 600e6, "cuda": 700e6}   # bytes of Python, torch and the text before there is a model; on an accelerator of its context
+PROGRAM = {"cpu": 380e6, "cuda": 700e6}   # bytes of Python, torch and the text before there is a model; on an accelerator of its context
 SPARE = 1.15            # what allocators keep beyond what is in use
 START = 5.0             # seconds until a process has imported everything
 LOADING = 0.4e9         # bytes a second: read, checked for NaN and fingerprinted
 EFFICIENCY = 0.38       # share of a bare matrix product's speed that passes through a model reach
 HUB_CHARACTERS = 2000   # of a document nobody has downloaded yet
+PASSES = (1, 2, 4, 8, 16)   # over the calibration
 SCORES = {"balanced": 8, "taylor": 12, "release": 8}   # bytes of scores per prunable weight at the end of a domain pass, G apart
 
 
@@ -43,45 +46,107 @@ def require_fitting(config: RunConfig, model: nn.Module) -> None:
     require_length(model, config.seqlen)
     require_length(model, config.eval_seqlen or 0, "eval_seqlen")
     pipeline.prunable_sparsity(config, model)
+    require_memory(config, model, str(pick_device(config.device)))
 
 
-def peak_memory(config: RunConfig, model: nn.Module, device: str) -> dict[str, int]:
+def peak_memory(config: RunConfig, model: nn.Module, device: str, plan: Plan | None = None) -> dict[str, int]:
     """Bytes in use on the device at the worst moment of a run, by what they are for; counted, not measured.
+
+    On a CPU it is memory that belongs to the process alone: pages of files, which the system can drop at any time, are not counted.
 
     Args:
         model: of `loading.blank_model`, or a loaded one.
         device: such as "cpu" or "cuda:0".
+        plan: how it keeps to its limit; default what the config's limit asks for.
     """
+    plan = plan or (choose(config, model, device, parse_size(config.memory)) if config.memory else Plan())
+    kind = torch.device(device).type
+    files = plan.outside and kind == "cpu"
     linears = prunable_linears(model)
     prunable, total = count_weights(model)
     item = precision(config, model, device).itemsize
     vocabulary, hidden = model.get_input_embeddings().weight.shape
     shapes = [tuple(m.weight.shape) for m in linears.values()]
-    per_token = sum(map(sum, shapes)) * item + hidden * 4 * len(decoder_blocks(model)[1])   # backward needs in- and outputs of linears
-    logits = vocabulary * (2 * item + 8)                                                    # and once more in float32, twice
+    blocks = decoder_blocks(model)[1]
+    per_token = sum(map(sum, shapes)) * item + hidden * 4 * len(blocks)   # backward needs in- and outputs of linears
+    if plan.checkpointing:
+        per_token = per_token / len(blocks) + hidden * item * len(blocks)
+    logits = vocabulary * (2 * item + 8)                                  # and once more in float32, twice
     largest = max(a * b for a, b in shapes)
-    always = {"program": PROGRAM.get(torch.device(device).type, 0), "weights": total * item, "general importance": 4 * prunable}
+    inside = 0 if plan.outside else 1   # of what is as large as the model, how often it is there
+    always = {"weights": 0 if files else total * item, "general importance": 4 * prunable * inside}
 
     widest = max(map(max, shapes))
-    block = max(sum(m.weight.numel() for m in linears_of(model, b).values()) for b in decoder_blocks(model)[1])
+    block = max(sum(m.weight.numel() for m in linears_of(model, b).values()) for b in blocks)
     walk = {"one block and its Hessians": 12 * block + item * block + 16 * widest**2,
-            "texts inside the model": 2 * config.nsamples * config.seqlen * hidden * item}
+            "texts inside the model": inside * 2 * config.nsamples * config.seqlen * hidden * item}
 
     tokens = config.seqlen
-    scoring = {"domain scores": SCORES[config.formula] * prunable}
+    in_pass = 0 if files else prunable if not plan.outside else prunable / plan.passes
+    scoring = {"domain scores": SCORES[config.formula] * in_pass, "general importance of a part": (1 - inside) * 4 * in_pass}
     if config.finetune:
-        tokens = 8 * min(config.seqlen, 1024)
+        tokens = min(8, config.nsamples) * min(config.seqlen, 1024)
         largest = max(largest, vocabulary * hidden)
-        if torch.device(device).type == "cpu":
+        if kind == "cpu" and not files:
             scoring["copy of the weights"] = total * item
-    scoring |= {"scores kept from before": (16 if pipeline.wants_halves(config) else 8 if len(config.domains) > 1 else 0) * prunable,
+    scoring |= {"scores kept from before": inside * (16 if pipeline.wants_halves(config) else 8 if len(config.domains) > 1 else 0) * prunable,
                 "gradients and activations": largest * (item + 4) + tokens * int(1.2 * per_token + logits)}
 
     window = config.eval_seqlen or min(2048, max_length(model) or 2048)
-    judging = {"domain scores": 8 * prunable, "masks and weights put aside": prunable + int(config.sparsity * prunable) * item,
+    judging = {"domain scores": inside * 8 * prunable, "masks and weights put aside": inside * (prunable + int(config.sparsity * prunable) * item),
                "evaluation": max(window, TOKENS_PER_PASS) * (logits + 4 * widest * item)} if config.evaluate else {}
-    worst = max((walk, scoring, judging), key=lambda parts: sum(parts.values()))
-    return {what: round(SPARE * size) for what, size in (always | worst).items() if size}
+    ranking = {"ranking of one matrix": 32 * largest} if plan.outside else {}
+    worst = max((walk, scoring, judging, ranking), key=lambda parts: sum(parts.values()))
+    return {"program": round(PROGRAM.get(kind, 0)), **{what: round(SPARE * size) for what, size in (always | worst).items() if size}}
+
+
+def choose(config: RunConfig, model: nn.Module, device: str, allowance: int) -> Plan:
+    """The plan that changes least of those that keep to so many bytes; where none does, the most sparing one."""
+    if distributed.several():
+        return Plan()   # what they do together is laid out in another way
+    outside = [Plan(outside=True, passes=passes) for passes in ((1,) if torch.device(device).type == "cpu" else PASSES)]
+    plans = [Plan(), *outside, *(dataclasses.replace(plan, checkpointing=True) for plan in outside)]
+    return next((p for p in plans if sum(peak_memory(config, model, device, p).values()) <= allowance), plans[-1])
+
+
+def require_memory(config: RunConfig, model: nn.Module, device: str) -> None:
+    """Refuse a limit that no plan keeps to.
+
+    Raises:
+        InputError: says what most of the memory would be for, and what would help.
+    """
+    if config.memory is None:
+        return
+    parts = peak_memory(config, model, device)
+    needed, most = sum(parts.values()), max(parts, key=parts.get)
+    if needed > parse_size(config.memory):
+        helpful = remedies(config, model, device, parse_size(config.memory))
+        raise InputError(f"The run does not fit into {config.memory} of memory",
+                         f"at its most sparing it takes {needed / 1e9:.2f} GB, most of it for {most} ({parts[most] / 1e9:.2f} GB)",
+                         "; or ".join(r.words for r in helpful) or f"allow it {needed / 1e9 + 0.01:.2f}GB")
+
+
+def plan_of(config: RunConfig) -> Plan:
+    """How a run keeps to the memory it may use, or else to what is free on its device.
+
+    Raises:
+        InputError: it cannot.
+    """
+    device = str(pick_device(config.device))
+    if config.memory is None:
+        with contextlib.suppress(InputError):   # of a model that cannot be loaded: said when it is
+            return choose(config, blank_model(config.model, config.revision), device, available_memory(device))
+        return Plan()
+    model = blank_model(config.model, config.revision)
+    require_memory(config, model, device)
+    return choose(config, model, device, parse_size(config.memory))
+
+
+def advice(config: RunConfig, model: nn.Module) -> str:
+    """What to do when a run has found too little memory."""
+    device = str(pick_device(config.device))
+    helpful = remedies(config, model, device, int(0.9 * sum(peak_memory(config, model, device).values())))
+    return "; or ".join(r.words for r in helpful) or "choose a smaller model or another device"
 
 
 def disk(config: RunConfig, model: nn.Module) -> int:
@@ -221,6 +286,10 @@ def remedies(config: RunConfig, model: nn.Module, device: str, available: int) -
 
     now = sum(peak_memory(config, model, device).values())
     helpful = [r for r in (remedy(*step) for step in steps) if r.bytes < now]
+    limited = remedy(f"keep to a limit (memory {available / 1e9:.3g}GB; a run does so by itself where too little is free): slower, with the same "
+                     "result", {"memory": f"{available // 1000}KB"})
+    if config.memory is None and limited.bytes <= available:
+        return [limited, *(r for r in helpful if r.bytes <= available)]
     if enough := [r for r in helpful if r.bytes <= available]:
         return enough
     together = remedy("; ".join(r.words for r in helpful), {k: v for r in helpful for k, v in r.changes.items()})

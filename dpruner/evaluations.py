@@ -52,6 +52,7 @@ def evaluate(run: Run | str | Path, tasks: Sequence[str | Path] | None = None, m
         InputError: no such run, mask or task, or an item the model cannot read.
     """
     run = run if isinstance(run, Run) else open_run(run)
+    run.require_own_files()
     models = chosen(run, methods, domains)
     if against != DENSE:
         models = list(dict.fromkeys([*chosen(run, [against], domains), *models]))

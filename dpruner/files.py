@@ -23,6 +23,8 @@ BUILDERS = {".txt": "text", ".md": "text", ".csv": "csv", ".jsonl": "json", ".js
 SUPPORTED = f"{', '.join(BUILDERS)}, and .gz of all but parquet"
 USUAL_COLUMNS = ("text", "content", "document")
 PIECE_WORDS = 300
+MODEST = 100_000_000  # bytes that any file may have once it is unpacked
+RATIO = 200           # larger ones may have so many times their size on disk: text packs 20 times at the very best
 
 LIBRARY_LOCK = threading.RLock()  # what `settings` sets belongs to the whole process: two threads must not save and restore it at once
 
@@ -33,8 +35,9 @@ def existing(name: str) -> Path | None:
     Raises:
         InputError: it looks like a path, and there is nothing.
     """
-    path = Path(os.path.expanduser(name))
+    path = Path(name)
     try:
+        path = Path(os.path.expanduser(name))
         if name.strip() and path.exists():
             return path
     except (OSError, ValueError):  # longer than a path may be, or with a NUL: no path at all
@@ -110,7 +113,10 @@ def _usable_files(path: Path) -> list[Path]:
         if _builder(path) is None:
             raise _unreadable(path, "its extension is not supported", f"give one of {SUPPORTED}")
         return [path]
-    files = sorted(file for file in path.rglob("*") if _builder(file) and file.is_file() and file.stat().st_size)
+    try:
+        files = sorted(file for file in path.rglob("*") if _builder(file) and file.is_file() and file.stat().st_size)
+    except OSError as error:
+        raise InputError(f"The folder {str(path)!r} cannot be read", f"looking through it failed ({reason(error)})", "give a folder of texts") from error
     files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]  # hidden ones are not meant
     if not files:
         raise InputError(f"The folder {str(path)!r} cannot be read", "no file in it can be used",
@@ -126,7 +132,7 @@ def _builder(path: Path) -> str | None:
 
 
 def require_readable(file: Path) -> None:
-    """Refuse an empty, unreadable or binary file and broken JSON, before a parser stumbles over it in its own words.
+    """Refuse an empty, unreadable or binary file, broken JSON and what unpacks without end, before a parser stumbles over it in its own words.
 
     Raises:
         InputError: says what is wrong with it.
@@ -134,11 +140,14 @@ def require_readable(file: Path) -> None:
     if not file.stat().st_size:
         raise _unreadable(file, "it is empty", "add text, or give another file")
     if _builder(file) == "parquet":
-        return
-    decoder = codecs.getincrementaldecoder("utf-8")()
+        return _require_modest(file, _parquet_sizes(file))
+    decoder, limit = codecs.getincrementaldecoder("utf-8")(), _limit(file)
     try:
         with _opened(file) as stream:
             while block := stream.read(1 << 20):
+                limit -= len(block)
+                if limit < 0:
+                    raise _bomb(file)
                 if b"\0" in block:
                     raise _unreadable(file, "it is binary, not text", "give a text file, saved as UTF-8")
                 decoder.decode(block)
@@ -150,6 +159,48 @@ def require_readable(file: Path) -> None:
     if _builder(file) == "json":
         for _ in json_rows(file):
             pass
+
+
+def _limit(file: Path) -> int:
+    """Bytes that a file may have once it is unpacked."""
+    return max(MODEST, RATIO * file.stat().st_size)
+
+
+def _bomb(file: Path) -> InputError:
+    return _unreadable(file, f"unpacked it is more than {RATIO} times as large as it is on disk, and no text is", "unpack it yourself, or give another file")
+
+
+def _parquet_sizes(file: Path) -> Iterator[int]:
+    """Bytes in a Parquet file: what it says of itself, then what is found in it, a few rows at a time.
+
+    A text that is repeated a million times is stored once; only reading it out needs the memory of a million.
+
+    Raises:
+        InputError: it is no Parquet file.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(file) as reader:
+            about = reader.metadata
+            yield 8 * about.num_rows * about.num_columns
+            groups = [about.row_group(i) for i in range(about.num_row_groups)]
+            chunks = [group.column(i).total_uncompressed_size for group in groups for i in range(group.num_columns)]
+            yield sum(chunks)
+            rows = min(1024, max(1, 10 * MODEST // max([1, *chunks])))   # no value is larger than its chunk
+            for batch in reader.iter_batches(batch_size=rows):
+                yield sum((c.dictionary_decode() if pa.types.is_dictionary(c.type) else c).nbytes for c in batch.columns)
+    except (pa.ArrowException, OSError, ValueError, NotImplementedError) as error:
+        raise _unreadable(file, f"it is not a well-formed parquet file ({reason(error)})", "mend it, or export it again") from error
+
+
+def _require_modest(file: Path, sizes: Iterator[int]) -> None:
+    limit = _limit(file)
+    for size in sizes:
+        limit -= size
+        if limit < 0:
+            raise _bomb(file)
 
 
 def _opened(file: Path):

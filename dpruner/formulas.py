@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 import torch
 
-from dpruner.masks import Scores, precise
+from dpruner import memory
+from dpruner.masks import Scores, precise, precision
 
 RELEASE_SCALE = 2.0**16   # fp16 loss scale that the authors' code leaves on its gradients
 RELEASE_COUNT = 1000      # constant by which it divides g²
@@ -15,7 +16,7 @@ class Balanced:
     """`F = mean_j u_j²`, u = g·w: the expected increase of the domain loss for removing the weight; G joins in `balanced`."""
 
     def __init__(self, w: torch.Tensor, G: torch.Tensor, lam: float, alpha: float):
-        self.w, self.squares = w, torch.zeros_like(precise(w))
+        self.w, self.squares = w, memory.sums(w, precision(w))
         self.sums = {"squares": self.squares}
 
     def add(self, g: torch.Tensor, part: slice) -> None:
@@ -30,7 +31,7 @@ class Taylor:
 
     def __init__(self, w: torch.Tensor, G: torch.Tensor, lam: float, alpha: float):
         self.w, self.G, self.penalty, self.batches = w, G, 2 * lam * alpha**2, torch.zeros((), dtype=torch.int64)
-        self.squares, self.of_both, self.of_domain = (torch.zeros_like(precise(w)) for _ in range(3))
+        self.squares, self.of_both, self.of_domain = (memory.sums(w, precision(w)) for _ in range(3))
         self.sums = {"squares": self.squares, "of_both": self.of_both, "of_domain": self.of_domain, "batches": self.batches}
 
     def add(self, g: torch.Tensor, part: slice) -> None:
@@ -60,7 +61,7 @@ class Release:
 
     def __init__(self, w: torch.Tensor, G: torch.Tensor, lam: float, alpha: float):
         self.w, self.G, self.penalty = w, G, lam * 2 * alpha**2 / RELEASE_COUNT
-        self.of_both, self.of_domain = (torch.zeros_like(precise(w)) for _ in range(2))
+        self.of_both, self.of_domain = (memory.sums(w, precision(w)) for _ in range(2))
         self.sums = {"of_both": self.of_both, "of_domain": self.of_domain}
 
     def add(self, g: torch.Tensor, part: slice) -> None:
@@ -115,7 +116,7 @@ def balanced(domain: Mapping[str, torch.Tensor], G: Mapping[str, torch.Tensor], 
         means: "matrix" (of each matrix) or "model" (of all weights, for a whole-model threshold).
     """
     of_domain, of_general = means_of(domain, means), means_of(G, means)
-    dual = Scores({n: f * inverse(of_domain[n]) for n, f in domain.items()}, getattr(domain, "transposed", ()))
+    dual = Scores({n: memory.kept(f * inverse(of_domain[n])) for n, f in domain.items()}, getattr(domain, "transposed", ()))
     for name, s in dual.items():
         s.add_(G[name].to(s), alpha=lam * inverse(of_general[name]))
     return dual

@@ -1,6 +1,7 @@
 """Load a decoder model from the starter, a local folder or the hub, and say in one sentence why it cannot be."""
 
 import contextlib
+import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -9,12 +10,14 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
 
-from dpruner import hub, starter
+from dpruner import hub, memory, starter
 from dpruner.errors import InputError
 from dpruner.model import prunable_linears, require_causal, require_finite
 
 STARTER = "starter"
+MOST_BLOCKS = 10_000
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}   # as safetensors calls them
 
@@ -75,13 +78,18 @@ def load_model(name: str = STARTER, *, revision: str | None = None, device: str 
     _require_files(name, source)
     with contextlib.nullcontext() if _is_folder(source) else hub.impatient():
         config = _load_config(name, source, where)
+        _require_safe_index(name, source, config, where)
         tokenizer = _guarded(name, lambda: AutoTokenizer.from_pretrained(source, **where))
+        outside = memory.holds_weights(device)
         model, info = _guarded(name, lambda: AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **where))
+            source, config=config, dtype="auto" if outside else dtype, use_safetensors=True, output_loading_info=True, **where))
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise InputError(f"The model {name!r} is incomplete", f"{len(missing)} of its weights are not in its files, {missing[0]} first",
                          "give the folder or id of a complete causal language model")
+    if outside:
+        dtype = model.dtype if dtype == "auto" else dtype
+        memory.settle(model, dtype, _on_meta(config, dtype))
     model.to(device).eval()
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         raise InputError(f"The model {name!r} does not fit its tokenizer",
@@ -111,6 +119,11 @@ def blank_model(name: str = STARTER, revision: str | None = None) -> nn.Module:
     prunable_linears(model)
     require_causal(model)
     return model
+
+
+def _on_meta(config, dtype: torch.dtype) -> nn.Module:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
 
 
 def is_here(name: str, revision: str | None = None) -> bool:
@@ -160,8 +173,25 @@ def _require_files(name, source):
         raise InputError(f"The model {name!r} was not found", "there is no folder of that name", "check the path, or give 'starter' or a hub id")
 
 
+def _require_safe_index(name, source, config, where):
+    """Weights may lie in several files, which an index names: all of them must be safetensors, of this very model."""
+    index = _guarded(name, lambda: cached_file(source, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False,
+                                               _raise_exceptions_for_connection_errors=False, revision=where["revision"]))
+    named = [getattr(config, "transformers_weights", None) or "model.safetensors"]
+    if index is not None:
+        named += _guarded(name, lambda: list(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    for file in named:
+        if not isinstance(file, str) or not file.endswith((".safetensors", ".safetensors.index.json")) or Path(file).name != file:
+            raise InputError(f"The model {name!r} could not be loaded", f"it keeps weights in {str(file)!r}, and only safetensors of its own folder are read: "
+                             "other formats can run code", "save the model with save_pretrained(..., safe_serialization=True)")
+
+
 def _load_config(name, source, where):
     config = _guarded(name, lambda: AutoConfig.from_pretrained(source, **where))
+    blocks = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(blocks, int) and blocks > MOST_BLOCKS:   # it would be built block by block, for hours
+        raise InputError(f"The model {name!r} cannot be pruned here", f"its config.json speaks of {blocks:,} blocks, and no model has so many",
+                         "give the folder or id of a complete causal language model")
     if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping:
         raise InputError(f"The model {name!r} cannot be pruned here", f"{config.model_type} is not a decoder that predicts the next token",
                          "choose a causal language model such as Llama, Mistral, Qwen or GPT-2")

@@ -1,6 +1,7 @@
 """From scores to masks: exact counts at every granularity; applying, packing and ranking them."""
 
 import contextlib
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dpruner import memory
 from dpruner.errors import InputError
 
 GRANULARITIES = ("matrix", "block", "row", "global")   # and "n:m"
@@ -29,7 +31,12 @@ class Scores(dict):
 
 def precise(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in the precision that scores are computed in: float32, and float64 where it is that already."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.to(precision(tensor))
+
+
+def precision(tensor: torch.Tensor) -> torch.dtype:
+    """What `precise` makes of a tensor."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def as_rows(tensor: torch.Tensor, transposed: bool) -> torch.Tensor:
@@ -76,9 +83,9 @@ def parse_granularity(granularity: str) -> tuple[int, int] | None:
     """(n, m) of "n:m", None for the named ones."""
     if granularity in GRANULARITIES:
         return None
-    n, _, m = granularity.partition(":")
-    if n.isdigit() and m.isdigit() and 0 < int(n) < int(m):
-        return int(n), int(m)
+    pattern = re.fullmatch(r"([0-9]{1,4}):([0-9]{1,4})", granularity)
+    if pattern and 0 < int(pattern[1]) < int(pattern[2]):
+        return int(pattern[1]), int(pattern[2])
     raise InputError(f"The granularity {granularity!r} is not known", "it says over which weights a threshold is taken",
                      f"choose one of {', '.join(GRANULARITIES)}, or n:m such as 2:4")
 
@@ -138,20 +145,20 @@ def kth_lowest(tensors: Collection[torch.Tensor], k: int) -> tuple[int, int]:
     return prefix, below
 
 
-def _global_removed(rows: dict[str, torch.Tensor], sparsity: float) -> dict[str, torch.Tensor]:
-    """One threshold for all matrices (each (out, in)); ties go to the earlier matrix, then to the lower index."""
+def _global_removed(rows: dict[str, torch.Tensor], sparsity: float) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, True = removed) of each matrix in turn. One threshold for all matrices (each (out, in)); ties go to the earlier matrix, then to the lower index."""
     count = round(sparsity * sum(r.numel() for r in rows.values()))
     if count == 0:
-        return {n: torch.zeros_like(r, dtype=torch.bool) for n, r in rows.items()}
+        yield from ((n, torch.zeros_like(r, dtype=torch.bool)) for n, r in rows.items())
+        return
     threshold, below = kth_lowest(rows.values(), count)
-    quota, removed = count - below, {}
+    quota = count - below
     for name, r in rows.items():
         keys = _ordered(r)
         ties = keys == threshold
         gone = (keys < threshold) | (ties & (ties.cumsum(0) <= quota))
         quota -= min(quota, int(ties.sum()))
-        removed[name] = gone.view(r.shape)
-    return removed
+        yield name, gone.view(r.shape)
 
 
 def global_shares(scores: Mapping[str, torch.Tensor], sparsity: float) -> dict[str, float]:
@@ -205,8 +212,8 @@ def make_masks(scores: Mapping[str, torch.Tensor], sparsity: float | None = None
         removed = _global_removed(rows, sparsity)
     else:
         hidden = usual_width(rows.values())
-        removed = {n: removed_rows(r, sparsity, granularity, hidden) for n, r in rows.items()}
-    return {n: as_rows(~r, n in transposed).contiguous() for n, r in removed.items()}
+        removed = ((n, removed_rows(r, sparsity, granularity, hidden)) for n, r in rows.items())
+    return {n: memory.kept(as_rows(~r, n in transposed).contiguous()) for n, r in removed}
 
 
 def sparsity_of(masks: Mapping[str, torch.Tensor]) -> float:
@@ -237,7 +244,7 @@ def pruned(model: nn.Module, masks: Mapping[str, torch.Tensor], weights: Mapping
         for name, mask in masks.items():
             data = parameters[name].data
             gone = ~mask.to(data.device)
-            kept_aside.append((data, gone, data.clone() if weights else data[gone]))
+            kept_aside.append((data, memory.kept(gone), memory.copied(data) if weights else memory.kept(data[gone])))
             if weights:
                 data.copy_(weights[name])
             data.masked_fill_(gone, 0)
@@ -247,7 +254,7 @@ def pruned(model: nn.Module, masks: Mapping[str, torch.Tensor], weights: Mapping
             if values.shape == data.shape:
                 data.copy_(values)
             else:
-                data[gone] = values
+                data[gone.to(data.device)] = values.to(data.device)
 
 
 def pack(mask: torch.Tensor) -> torch.Tensor:

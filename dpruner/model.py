@@ -11,8 +11,9 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from dpruner import memory
 from dpruner.errors import InputError
-from dpruner.masks import Scores, as_rows, precise
+from dpruner.masks import Scores, as_rows, precision
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -88,7 +89,7 @@ def transposed_names(model: nn.Module) -> frozenset[str]:
 def blank_scores(model: nn.Module) -> Scores:
     """Zeros for every prunable weight, to be filled: Scores in float32, or float64 for a float64 model."""
     linears = prunable_linears(model)
-    return Scores({n: torch.zeros_like(precise(m.weight.detach())) for n, m in linears.items()}, transposed_names(model))
+    return Scores({n: memory.zeros(m.weight.detach(), precision(m.weight)) for n, m in linears.items()}, transposed_names(model))
 
 
 def heads_of(model: nn.Module) -> dict[str, tuple[str, int]]:

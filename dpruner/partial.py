@@ -67,6 +67,10 @@ class Checkpoint:
         self.last = time.monotonic()
         self.cost = self.last - began
 
+    def part(self, number: int) -> "Checkpoint":
+        """The state of one of several passes of the stage."""
+        return Checkpoint(self.folder and self.folder / f"pass {number}")
+
     def clear(self) -> None:
         """The stage's result is safe elsewhere."""
         if self.folder is not None:
@@ -87,37 +91,55 @@ class Partial:
         skipped: called with the name of every piece that was finished before.
     """
 
+    BESIDE = ("stats", "losses")   # what a piece puts aside besides its own table
+
     def __init__(self, folder: Path, skipped: Callable[[str], None] = lambda piece: None):
         self.folder, self.skipped = folder / "partial", skipped
+        self.drop_damaged()
+
+    def drop_damaged(self) -> None:
+        """Throw away tables that cannot be read, and the pieces they belong to: they are made again."""
+        for path in self.folder.glob("*.parquet"):
+            try:
+                store.read_table(path)
+            except InputError:
+                path.unlink(missing_ok=True)
+                what, _, piece = path.stem.partition(" of ")
+                if what in self.BESIDE:
+                    self._path(piece).unlink(missing_ok=True)
 
     def table(self, piece: str, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
         """The table of a piece of the run: as it was found before, or computed and kept."""
-        path = self.folder / f"{piece}.parquet"
+        path = self._path(piece)
         if path.is_file():
-            with contextlib.suppress(InputError):   # damaged: computed again
-                found = store.read_table(path)
-                self.skipped(piece)
-                return found
+            self.skipped(piece)
+            return store.read_table(path)
         found = compute()
         store.write_table(path, found)
         return found
 
-    def put(self, name: str, table: pd.DataFrame) -> None:
-        """Keep a table that a piece makes besides its own, before that piece is finished."""
-        store.write_table(self.folder / f"{name}.parquet", table)
+    def put(self, what: str, piece: str, table: pd.DataFrame) -> None:
+        """Keep a table of BESIDE that a piece makes besides its own, before that piece is finished."""
+        store.write_table(self._path(f"{what} of {piece}"), table)
 
-    def has(self, name: str) -> bool:
-        """Whether a table was put."""
-        return (self.folder / f"{name}.parquet").is_file()
+    def has(self, what: str, piece: str) -> bool:
+        """Whether a piece has put a table."""
+        return self._path(f"{what} of {piece}").is_file()
 
-    def get(self, name: str) -> pd.DataFrame:
-        """A table that was put."""
-        return store.read_table(self.folder / f"{name}.parquet")
+    def get(self, what: str, piece: str) -> pd.DataFrame:
+        """The table that a piece has put."""
+        return store.read_table(self._path(f"{what} of {piece}"))
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.parquet"
 
     def checkpoint(self, stage: str) -> Checkpoint:
         """Of a stage that belongs to no other piece."""
         return Checkpoint(self.folder / stage)
 
     def clear(self) -> None:
-        """The run is done."""
+        """The run is done. Pieces go before what they have put aside: killed in between, the run makes them again and misses nothing."""
+        for path in self.folder.glob("*.parquet"):
+            if path.stem.partition(" of ")[0] not in self.BESIDE:
+                path.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from dpruner import baselines, calibration, store
+from dpruner import baselines, calibration, distributed, memory, store
 from dpruner.calibration import load_calibration, load_texts
 from dpruner.compensate import Compensated, allotted, compensate_after, compensate_walk, compensation_sets, mixed_fisher
 from dpruner.config import RunConfig, split_domain
@@ -25,12 +25,13 @@ from dpruner.evaluate import of_windows, window_losses
 from dpruner.general import general_importance
 from dpruner.masks import Scores, jaccard, jaccard_floor, make_masks, pruned, ranked, sparsity_of
 from dpruner.loading import load_model, pick_device
-from dpruner.model import count_weights, fingerprint, heads_of, require_length, skipped_weights, transposed_names
+from dpruner.model import count_weights, decoder_blocks, fingerprint, heads_of, require_length, skipped_weights, transposed_names
 from dpruner.partial import Partial
 from dpruner.stats import in_parts, matrix_stats
 from dpruner.status import Status
 from dpruner.store import Run
 from dpruner.turns import turn
+from dpruner.walk import checkpointing
 
 DENSE = "dense"                  # the method's name in tables where nothing is pruned
 HALVED = ("dpruner", "domain")   # methods whose masks two halves of a calibration set can disagree on
@@ -57,8 +58,9 @@ def run(config: RunConfig, *, runs: str | Path = "runs", cache: str | Path = "ca
         InputError: one sentence on what is wrong; also kept in status.json when the run had begun.
         KeyboardInterrupt: after status.json says "cancelled".
     """
+    from dpruner import estimate   # which asks here what a run consists of
     config.check()
-    with turn(pick_device(config.device), waiting):
+    with turn(pick_device(config.device), waiting), memory.following(estimate.plan_of(config), Path(cache)):
         if folder is None:
             prepared = prepare(config)
             run = store.new_run(runs, config.title)
@@ -112,15 +114,24 @@ def execute(run: Run, config: RunConfig, prepared: Prepared, cache: Path, status
     store.write_json(run.folder / "run.json", continued(run, record(config, prepared)))
     job = Job(run, config, prepared, status, Partial(run.folder, status.skip))
 
+    from dpruner import estimate
+    status.advice = functools.partial(estimate.advice, config, prepared.model)
+    with checkpointing(decoder_blocks(prepared.model)[1]):
+        pruned_models(job, cache)
+
+
+def pruned_models(job: Job, cache: Path) -> None:
+    """Everything a run leaves, from general importance to its tables."""
+    run, config, prepared, status, _ = job
     G = cached_general_importance(job, cache)
     general_fisher = cached_general_fisher(job, cache)
     status.about = DENSE
-    metrics, stats, losses = [job.partial.table(DENSE, lambda: dense_perplexities(job))], [], [job.partial.get(f"losses of {DENSE}")]
+    metrics, stats, losses = [job.partial.table(DENSE, lambda: dense_perplexities(job))], [], [job.partial.get("losses", DENSE)]
     for label in prepared.texts.labels:
         for piece, compute in pieces(job, label, G, general_fisher):
             metrics.append(job.partial.table(piece, compute))
-        stats += [job.partial.get(f"stats of {method}@{label}") for method in config.methods]
-        losses += [job.partial.get(f"losses of {method}@{label}") for method in config.methods]
+        stats += [job.partial.get("stats", f"{method}@{label}") for method in config.methods]
+        losses += [job.partial.get("losses", f"{method}@{label}") for method in config.methods]
     metrics.append(similarities(run, config, prepared.texts.labels))
     store.write_table(run.folder / "stats.parquet", in_parts(pd.concat(stats, ignore_index=True)))
     store.write_table(run.folder / "losses.parquet", pd.concat(losses, ignore_index=True))
@@ -147,18 +158,25 @@ def pieces(job: Job, label: str, G: Scores, general_fisher: Scores | None) -> It
 def pruned_and_judged(job: Job, method: str, label: str, S: Callable[[], DomainImportance], general_fisher: Scores | None) -> pd.DataFrame:
     """One method for one domain: its mask into the run folder, its counts put aside, its perplexities returned."""
     job.status.about = f"{method} for {label}"
-    model, counts = job.prepared.model, f"stats of {method}@{label}"
-    if job.partial.has(counts):   # they are put aside last
-        kept = Compensated(job.run.masks(method, label), job.run.weights(method, label))
-    else:
+    model, piece = job.prepared.model, f"{method}@{label}"
+    kept = pruned_before(job, method, label) if job.partial.has("stats", piece) else None   # its counts are put aside last
+    if kept is None:
         scores = score(job, method, label, S)
         kept = prune(job, method, label, scores, general_fisher)
         save(job.run, method, label, scores, kept)
-        job.partial.put(counts, matrix_stats(model, kept.masks, scores).assign(method=method, domain=label))
+        job.partial.put("stats", piece, matrix_stats(model, kept.masks, scores).assign(method=method, domain=label))
         del scores
     with pruned(model, kept.masks, kept.weights):
         found = text_losses(job, method, label, job.prepared.texts.judged(label))
     return pd.concat([perplexity_rows(method, label, found, job.config.seed), described(model, method, label, kept.masks)], ignore_index=True)
+
+
+def pruned_before(job: Job, method: str, label: str) -> Compensated | None:
+    """Mask and weights that an earlier process has made; None where they cannot be read any more."""
+    try:
+        return Compensated(job.run.masks(method, label), job.run.weights(method, label))
+    except InputError:
+        return None
 
 
 def continued(run: Run, now: dict) -> dict:
@@ -169,7 +187,8 @@ def continued(run: Run, now: dict) -> dict:
     """
     before = run.record if (run.folder / "run.json").is_file() else {}
     for what in ("config", "model", "calibration", "versions", "device") if "calibration" in before else ():
-        if before[what] != json.loads(json.dumps(now[what])):
+        then, here = ({k: v for k, v in r[what].items() if k != "memory"} for r in (before, json.loads(json.dumps(now))))   # it changes no bit
+        if then != here:
             raise InputError(f"The run {run.id} cannot go on", f"its {what} is not what it was when it began, so the result would be neither the one nor "
                              "the other", "start a new run with the same settings")
     return {**now, "created": before.get("created", now["created"])}
@@ -230,7 +249,7 @@ def record(config: RunConfig, prepared: Prepared) -> dict:
         "config": config.to_dict(),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": {"python": platform.python_version(), **packages},
-        "device": {"type": model.device.type, "threads": torch.get_num_threads(), "precision": str(model.dtype).removeprefix("torch.")},
+        "device": {"type": model.device.type, "threads": torch.get_num_threads(), "precision": str(model.dtype).removeprefix("torch."), **processes()},
         "model": {"class": type(model).__name__, "fingerprint": prepared.fingerprint, "commit": getattr(model.config, "_commit_hash", None),
                   "prunable_weights": prunable, "weights": total, "skipped": skipped_weights(model),
                   "transposed": sorted(transposed_names(model)), "heads": heads_of(model)},
@@ -267,13 +286,18 @@ def cached_general_fisher(job: Job, cache: Path) -> Scores | None:
     if job.config.compensate != "walk" or job.config.fisher != "both" or "dpruner" not in job.config.methods:
         return None
     return cached(cache, "fisher", _cache_key(job.prepared), lambda: fisher_diagonal(
-        job.prepared.model, job.prepared.texts.general, stage="general fisher", **job.watched("general fisher")), job.status)
+        job.prepared.model, job.prepared.texts.general, stage="general fisher", passes=memory.plan().passes, **job.watched("general fisher")), job.status)
 
 
 def _cache_key(prepared: Prepared) -> dict:
     """What decides the bits of anything computed on the open domain."""
     return {"model": prepared.fingerprint, "calibration": calibration.fingerprint(prepared.texts.general),
-            "device": prepared.model.device.type, "torch": version("torch")}
+            "device": prepared.model.device.type, "torch": version("torch"), **processes()}
+
+
+def processes() -> dict:
+    """How many processes share the run, where it is more than one: they add up in another order, so the last bits differ."""
+    return {"processes": distributed.size()} if distributed.several() else {}
 
 
 def score_domain(job: Job, label: str, batches: list[torch.Tensor], G: Scores) -> DomainImportance:
@@ -281,7 +305,7 @@ def score_domain(job: Job, label: str, batches: list[torch.Tensor], G: Scores) -
     config = job.config
     tune = FineTune(epochs=config.epochs) if config.finetune else None
     return domain_importance(job.prepared.model, batches, G, config.formula, config.lam, means="model" if config.granularity == "global" else "matrix",
-                             finetune=tune, **job.watched(f"domain importance of {label}"))
+                             finetune=tune, passes=memory.plan().passes, **job.watched(f"domain importance of {label}"))
 
 
 def score(job: Job, method: str, label: str, S: Callable[[], DomainImportance]) -> Scores | None:
@@ -313,7 +337,7 @@ def prune(job: Job, method: str, label: str, scores: Scores | None, general_fish
         return baselines.sparsegpt(model, texts.sets(label, config.baseline_calibration), sparsity, **watched)
     sets = texts.sets(label, config.hessian)
     if method == "dpruner" and config.compensate == "walk":
-        fishers = [fisher_diagonal(model, texts.domains[label], stage="domain fisher", **job.watched(f"fisher of {label}"))]
+        fishers = [fisher_diagonal(model, texts.domains[label], stage="domain fisher", passes=memory.plan().passes, **job.watched(f"fisher of {label}"))]
         fishers += [general_fisher] if general_fisher is not None else []
         wanted = allotted(model, fishers, sparsity) if config.allot == "loss" else sparsity
         fisher = mixed_fisher(fishers) if len(fishers) > 1 else fishers[0]
@@ -343,7 +367,10 @@ def save_ranks(run: Run, method: str, label: str, scores: Scores) -> None:
     """The rank of every weight in its matrix, and the scores at the edges of the 256 bins."""
     if run.path("edges", method, label).is_file():   # the last of the two to be written
         return
-    found = {n: ranked(s, n in scores.transposed) for n, s in scores.items()}
+    found = {}
+    for name, s in scores.items():
+        bins, edges = ranked(s, name in scores.transposed)
+        found[name] = memory.kept(bins), edges
     store.write_tensors(run.path("ranks", method, label), {n: bins for n, (bins, _) in found.items()})
     store.write_tensors(run.path("edges", method, label), {n: edges for n, (_, edges) in found.items()})
 
@@ -406,7 +433,7 @@ def text_losses(job: Job, method: str, label: str, names: Iterable[str]) -> pd.D
                                         **job.watched(f"perplexity of {of} on {name}"))
         found.append(pd.DataFrame({"method": method, "domain": label, "text": name, "window": range(len(sums)), "loss": sums, "tokens": counts}))
     found = pd.concat(found or [pd.DataFrame(columns=LOSS_COLUMNS)], ignore_index=True)
-    job.partial.put(f"losses of {of}", found)
+    job.partial.put("losses", of, found)
     return found
 
 

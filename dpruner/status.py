@@ -10,6 +10,7 @@ from dpruner.errors import InputError
 from dpruner.store import write_json
 from dpruner.turns import identity
 
+NO_MEMORY = "can't allocate memory"   # how torch says it of a CPU
 EVERY = 0.25   # seconds between two writes
 FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "your share of the disk is full", errno.EFBIG: "a file may not grow that large here"}
 REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
@@ -26,6 +27,7 @@ class Status:
         plan: [(stage, cost, piece)] in the order the stages come; costs in any unit, for the share done and the time left; a piece is what
             `skip` passes over together.
         about: what the current stage works on, for people to read.
+        advice: gives what to do where memory runs out.
         stage, done, total: the current stage and how many of its steps are done.
     """
 
@@ -33,7 +35,7 @@ class Status:
         self.path, self.plan, self.watch = folder / "status.json", [], watch
         self.at, self.began, self.written = -1, time.time(), 0.0
         self.given = 0.0   # share of the work that an earlier process has done
-        self.about = ""
+        self.about, self.advice = "", lambda: "resume it with a limit, such as --memory 8GB"
         self.stage, self.done, self.total = "loading model and text", 0, 1
 
     def __enter__(self) -> "Status":
@@ -64,12 +66,12 @@ class Status:
         if isinstance(error, InputError):
             return error
         if isinstance(error, OSError) and error.errno in FULL:
-            return InputError(f"The run could not be written to {self.path.parent}", FULL[error.errno], "free some space and run it again")
+            return InputError(f"The run could not be written to {self.path.parent}", FULL[error.errno], "free some space and resume it")
         if isinstance(error, OSError) and error.errno in REFUSED and error.filename:
             return InputError(f"The run could not write {str(error.filename)!r}", str(error.strerror).lower(), "mend it, or name another folder")
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or NO_MEMORY in str(error):
             return InputError("The run needs more memory than there is", str(error).splitlines()[0].rstrip(".") if str(error) else "out of memory",
-                              "lower seqlen, or choose a smaller precision or another device")
+                              self.advice())
         return None
 
     def step(self, stage: str, done: int, total: int) -> None:

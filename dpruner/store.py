@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from dpruner import memory
 from dpruner.errors import InputError
 from dpruner.masks import Scores, pack, unpack
 
@@ -32,6 +33,7 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.chmod(0o644)   # safetensors makes files that only their owner can read
         os.replace(temporary, path)
+        _make_durable(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -40,6 +42,16 @@ def clear_leftovers(folder: Path) -> None:
     """Remove temporary files of a process that was killed while it wrote; only for a folder that nobody writes to now."""
     for path in folder.rglob(".*.tmp"):
         path.unlink(missing_ok=True)
+
+
+def _make_durable(folder: Path) -> None:
+    """Names are written to the disk too: after a power cut, what was written first is there first."""
+    with contextlib.suppress(OSError):   # not every system knows folders as files
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_json(path: Path, data) -> None:
@@ -118,16 +130,19 @@ def write_table(path: Path, rows: pd.DataFrame) -> None:
         rows.to_parquet(temporary, index=False, row_group_size=ROW_GROUP)
 
 
-def read_table(path: Path) -> pd.DataFrame:
+def read_table(path: Path, filters: list[tuple] | None = None) -> pd.DataFrame:
     """
+    Args:
+        filters: (column, operator, value) that every row has to meet; the others are passed over.
+
     Raises:
         InputError: the file is missing or damaged.
     """
     if not path.is_file():
         raise InputError(f"The file {path} was not found", "this run did not write it, or it was deleted", "run it again")
     try:
-        return pd.read_parquet(path)
-    except (ValueError, OSError) as error:
+        return pd.read_parquet(path, filters=filters)
+    except Exception as error:   # what a file says of itself to pandas may be anything, and fails in as many ways
         raise _damaged(path) from error
 
 
@@ -147,12 +162,8 @@ def read_masks(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         InputError: the file is missing, damaged, or no mask file.
     """
-    with opened(path) as file:
-        try:
-            shapes = json.loads((file.metadata() or {})["shapes"])
-            return {n: unpack(file.get_tensor(n), shapes[n]) for n in file.keys()}
-        except (KeyError, ValueError, TypeError) as error:
-            raise _damaged(path) from error
+    masks = LazyMasks(path)
+    return {n: memory.kept(masks[n]) for n in masks}
 
 
 class LazyMasks(Mapping):
@@ -162,8 +173,13 @@ class LazyMasks(Mapping):
         with opened(path) as file:
             try:
                 self.path, self.shapes = path, json.loads((file.metadata() or {})["shapes"])
-            except (KeyError, ValueError) as error:
+                packed = {n: tuple(file.get_slice(n).get_shape()) for n in file.keys()}
+                # what the metadata says is believed only where the bytes are there: otherwise it decides how much memory is taken
+                honest = packed == {n: (*shape[:-1], -(-shape[-1] // 8)) for n, shape in self.shapes.items()}
+            except (KeyError, ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
                 raise _damaged(path) from error
+        if not honest:
+            raise _damaged(path)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         with opened(self.path) as file:
@@ -242,7 +258,15 @@ class Run:
         return found
 
     def path(self, kind: str, method: str, domain: str) -> Path:
-        """Where masks, ranks, edges or weights of a method and domain (by its label) lie."""
+        """Where masks, ranks, edges or weights of a method and domain (by its label) lie.
+
+        Raises:
+            InputError: a name that no method or domain can have, such as one that leads out of the run folder.
+        """
+        for name in (method, domain):
+            if not re.fullmatch(r"[A-Za-z0-9_~-]+", name):
+                raise InputError(f"The run {self.id} holds nothing of {name!r}", "names of methods and domains are made of letters, digits, - and _",
+                                 "check the names of method and domain")
         return self.folder / kind / f"{method}@{domain}.safetensors"
 
     def pairs(self) -> list[tuple[str, str]]:
@@ -262,6 +286,17 @@ class Run:
         """Compensated weights {name: Tensor}, None where the method leaves the kept weights alone."""
         path = self.path("weights", method, domain)
         return read_tensors(path) if path.is_file() else None
+
+    def require_own_files(self) -> None:
+        """Refuse to write into a folder of links: what they point to is not this run's.
+
+        Raises:
+            InputError: names the first link.
+        """
+        for path in sorted(self.folder.rglob("*")):
+            if path.is_symlink():
+                raise InputError(f"The run {self.id} cannot be written to", f"its file {str(path.relative_to(self.folder))!r} is a link that leads out of the run folder",
+                                 "put the file itself in its place")
 
     def stats(self) -> pd.DataFrame:
         """One row per method, domain and matrix, row, column or head."""
@@ -303,8 +338,9 @@ def open_run(name: str | Path, root: str | Path = "runs") -> Run:
     Raises:
         InputError: there is no such run, or several.
     """
-    if (Path(name) / "run.json").is_file():
-        return Run(name)
+    with contextlib.suppress(OSError):   # a name longer than the file system allows
+        if (Path(name) / "run.json").is_file():
+            return Run(name)
     runs = find_runs(root)
     found = runs[:1] if str(name) == "last" else [r for r in runs if r.id == str(name)] or [r for r in runs if r.id.startswith(str(name))]
     if len(found) != 1:

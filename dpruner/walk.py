@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint as again
 
+from dpruner import distributed, memory
 from dpruner.hessian import Hessian
 from dpruner.masks import as_rows, precise
 from dpruner.model import decoder_blocks, linears_of, require_batches, stored_transposed
@@ -52,7 +54,7 @@ class Recorder:
         hidden = args[0] if args else kwargs["hidden_states"]
         args, kwargs = [None, *args[1:]] if args else [], {k: None if k == "hidden_states" else v for k, v in kwargs.items()}
         if index == 0:
-            self.hidden.append(hidden)
+            self.hidden.append(memory.kept(hidden))
         if self.calls[index]:
             old_args, old_kwargs = self.calls[index][-1]
             args = [_shared(a, b) for a, b in zip(args, old_args, strict=True)]
@@ -84,10 +86,30 @@ def _passing_through(blocks: nn.ModuleList, recorder: Recorder):
             return (hidden, *returns[index][1:]) if isinstance(returns[index], tuple) else hidden
         return forward
 
+    with _forwards(blocks, patched):
+        yield
+
+
+@contextlib.contextmanager
+def checkpointing(blocks: nn.ModuleList) -> Iterator[None]:
+    """While open, and where the memory's plan says so, blocks keep nothing but their inputs for backward, and run a second time when it reaches them.
+
+    The same bits in less memory. Not transformers' own: that one asks for training mode, in which some models drop out.
+    """
+    def twice(index, original):
+        return lambda *args, **kwargs: again(original, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    with _forwards(blocks, twice) if memory.plan().checkpointing else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def _forwards(blocks: nn.ModuleList, replaced: Callable[[int, Callable], Callable]):
+    """While open, blocks run `replaced(index, their own forward)`."""
     before = [block.__dict__.get("forward") for block in blocks]   # accelerate, for one, puts its own there
     try:
         for index, block in enumerate(blocks):
-            block.forward = patched(index, block.forward)
+            block.forward = replaced(index, block.forward)
         yield
     finally:
         for block, forward in zip(blocks, before, strict=True):
@@ -115,6 +137,7 @@ def block_calls(model: nn.Module, blocks: nn.ModuleList, batches: list[torch.Ten
 def run_block(block: nn.Module, hidden: torch.Tensor, call: tuple[tuple, dict]) -> torch.Tensor:
     """One block on one batch: hidden states (b, seqlen, hidden) to hidden states of the same shape."""
     args, kwargs = call
+    hidden = hidden.to(next(block.parameters()).device)   # they may have waited outside it
     if args:
         return first(block(hidden, *args[1:], **kwargs))
     return first(block(**{**kwargs, "hidden_states": hidden}))
@@ -166,8 +189,9 @@ def _original_weights(linears: dict[str, nn.Module]):
 
 
 @torch.no_grad()
-def walk(model: nn.Module, calibrations: list[list[torch.Tensor]], visit: Callable,
-         results: Mapping[str, Mapping[str, torch.Tensor]] | None = None, *, update: bool = True, stage: str = "walk", progress: Progress = quiet, checkpoint: Checkpoint = NOTHING) -> None:
+def walk(model: nn.Module, calibrations: list[list[torch.Tensor]], visit: Callable | None,
+         results: Mapping[str, Mapping[str, torch.Tensor]] | None = None, *, update: bool = True, stage: str = "walk",
+         progress: Progress = quiet, checkpoint: Checkpoint = NOTHING) -> None:
     """Go through the decoder block by block with the Hessian of every linear, as SparseGPT does (METHOD section 2).
 
     In a block the Hessians of all linears are taken with the block's own weights, on inputs that the blocks before it produced after their
@@ -176,7 +200,8 @@ def walk(model: nn.Module, calibrations: list[list[torch.Tensor]], visit: Callab
     Args:
         calibrations: one or more sets of calibration batches, each a list of LongTensors (b, seqlen); their Hessians stay apart.
         visit: `visit(rows, hessians)` with rows = {name: float32 weight (out, in), a copy} and hessians = one Hessian per set;
-            returns the new rows by name where `update` is set.
+            returns the new rows by name where `update` is set. None in a process that follows another one: it takes its share of the
+            calibration, and its weights from there.
         results: {what: {name: Tensor}} that `visit` fills in place, block by block.
         update: let the updated block produce the inputs of the next one; otherwise every block sees what the dense model would give it.
         stage, progress: what is reported after every block.
@@ -185,16 +210,21 @@ def walk(model: nn.Module, calibrations: list[list[torch.Tensor]], visit: Callab
     Raises:
         InputError: a calibration set is empty or too long for the model.
     """
+    for batches in calibrations:
+        require_batches(model, batches)
+    with distributed.announced(model, walk, calibrations=calibrations, visit=None, update=update):
+        _walk(model, calibrations, visit, results or {}, update, stage, progress, NOTHING if distributed.several() else checkpoint)
+
+
+def _walk(model, calibrations, visit, results, update, stage, progress, checkpoint) -> None:
     _, blocks = decoder_blocks(model)
     sets = []
     for batches in calibrations:
-        require_batches(model, batches)
         # always the same passes, however the caller batched: which of two equal scores goes can hang on the last bit, and in a walk all that
         # follows hangs on which
-        batches = stack(batches)
+        batches = stack(distributed.share([row for batch in batches for row in batch.split(1)]))
         recorder = block_calls(model, blocks, batches)
         sets.append((recorder.hidden, recorder.calls))
-    results = results or {}
     start, saved = checkpoint.load()
     _restore(saved, results, sets)
     for index, block in enumerate(blocks):
@@ -207,15 +237,18 @@ def walk(model: nn.Module, calibrations: list[list[torch.Tensor]], visit: Callab
         # without an update the pass that collects the inputs is the pass that makes the next block's
         hessians = [_collect(block, linears, hidden, calls[index], keep_output=not update) for hidden, calls in sets]
         with _original_weights(linears) if update else contextlib.nullcontext():
-            for names in sorted({names for found in hessians for names in found}):
+            for names in sorted(set().union(*distributed.gathered({names for found in hessians for names in found}))):
                 rows = {n: precise(as_rows(linears[n].weight.detach(), stored_transposed(linears[n]))).clone() for n in names}
-                new = visit(rows, [found.get(names) or Hessian(rows[names[0]].shape[1]) for found in hessians])
+                like = rows[names[0]]
+                of_sets = [distributed.add_up(found.get(names) or Hessian(like.shape[1]), like) for found in hessians]
+                new = visit(rows, of_sets) if visit else rows
                 for n in names if update else ():
                     as_rows(linears[n].weight.data, stored_transposed(linears[n])).copy_(new[n])
+                    distributed.spread(linears[n].weight.data)
             if update:
                 for hidden, calls in sets:
                     for j, x in enumerate(hidden):
-                        hidden[j] = run_block(block, x, calls[index][j])
+                        hidden[j] = memory.kept(run_block(block, x, calls[index][j]))
         for _, calls in sets:
             calls[index] = None
         checkpoint.offer(index + 1, lambda: {_HIDDEN.format(k, j): x for k, (hidden, _) in enumerate(sets) for j, x in enumerate(hidden)},
@@ -252,5 +285,5 @@ def _collect(block, linears, hidden, calls, keep_output) -> dict[tuple[str, ...]
                     found[tuple(names)].add(tensor)
             seen.clear()
             if keep_output:
-                hidden[j] = output
+                hidden[j] = memory.kept(output)
     return found

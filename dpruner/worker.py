@@ -56,13 +56,24 @@ def resume(run: Run, cache: str | Path = "cache") -> None:
     Raises:
         InputError: it is done, still going, damaged, or its settings do not work here any more.
     """
+    config = to_go_on(run)
+    start(run, ["dpruner.worker", str(run.folder), str(cache)], config.device)
+
+
+def to_go_on(run: Run) -> RunConfig:
+    """The settings of a run that failed or was cancelled.
+
+    Raises:
+        InputError: as `resume`.
+    """
     status = state(run)
     if status["state"] not in OVER:
         raise InputError(f"The run {run.id} cannot go on", f"it is {status['state']}", "choose one that failed or was cancelled")
+    run.require_own_files()
     config = RunConfig.from_dict(run.config)
     config.check()
     pick_device(config.device)
-    start(run, ["dpruner.worker", str(run.folder), str(cache)], config.device)
+    return config
 
 
 def start(run: Run, module: list[str], device: str | None) -> None:
@@ -117,7 +128,7 @@ def died(code: int | None = None) -> dict:
     how = {None: "its process ended without a word, killed or out of memory or with the whole machine",
            -signal.SIGKILL: "its process was killed, by the system if memory ran out"}
     return {"what": "The run stopped in the middle", "why": how.get(code, f"its process ended with code {code}"),
-            "what to do": "resume it: what it has is kept; if it ends so once more, lower its memory"}
+            "what to do": "resume it: what it has is kept; if it ends so once more, with a limit such as --memory 8GB"}
 
 
 def _alive(status: dict) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import bench_app
 import bench_learn
+import bench_memory
 import plain
 import psutil
 import torch
@@ -193,7 +194,8 @@ def demo():
 
 
 PARTS = {"general": general, "domain": domain, "memory": memory, "cost": linear_cost, "demo": demo,
-         "app": lambda: bench_app.small(row), "learn": lambda: bench_learn.lesson(row), "large": lambda: bench_app.large(row)}
+         "budget": lambda: bench_memory.estimates(row), "app": lambda: bench_app.small(row), "learn": lambda: bench_learn.lesson(row),
+         "large": lambda: bench_app.large(row)}
 
 
 def main():

@@ -1,6 +1,9 @@
 """A run that is killed at any moment goes on where it was, and ends with the same bits."""
 
+import errno
+import json
 import multiprocessing
+import os
 import random
 import sys
 import time
@@ -11,7 +14,7 @@ import pytest
 import torch
 from conftest import SMALL
 
-from dpruner import InputError, RunConfig, partial, pipeline, store
+from dpruner import InputError, RunConfig, cli, partial, pipeline, store, worker
 from dpruner.partial import Checkpoint
 from dpruner.store import Run
 
@@ -120,7 +123,7 @@ def test_what_is_final_is_written_once_and_found_again(tmp_path, monkeypatch):
     assert step == 3 and {n: int(t) for n, t in saved.items()} == {"block 1": 1, "block 2": 2, "block 3": 3, "state": 3}
 
 
-def test_a_run_of_another_model_does_not_go_on(small, tmp_path, llama):
+def test_a_run_of_another_model_does_not_go_on(small, tmp_path, one_thread):
     config = small.config
     run = store.new_run(tmp_path, "run")
     record = small.run.record
@@ -128,3 +131,80 @@ def test_a_run_of_another_model_does_not_go_on(small, tmp_path, llama):
     with pytest.raises(InputError, match="cannot go on: its model is not what it was"):
         pipeline.run(config, folder=run.folder, cache=tmp_path / "cache")
     assert run.status["state"] == "failed"
+
+
+class Full:
+    """A disk that is full from the n-th file of tensors on, until it is emptied; every file that it refuses lies there half-way first."""
+
+    def __init__(self, monkeypatch, after: int):
+        self.left, self.real = after, store.save_file
+        monkeypatch.setattr(store, "save_file", self.save)
+
+    def save(self, tensors, path, metadata):
+        self.left -= 1
+        if self.left < 0:
+            Path(path).write_bytes(b"half a file")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        self.real(tensors, path, metadata)
+
+
+def finished(config, folder: Path) -> Run:
+    """A run from its beginning, or from where it was, to its end."""
+    pipeline.run(config, folder=folder, cache=folder.with_name(f"cache of {folder.name}"))
+    return Run(folder)
+
+
+@pytest.fixture(scope="module")
+def brief(llama):
+    return RunConfig(model=str(llama), domains=("legal",), methods=("dpruner", "wanda"), compensate="after", **SMALL | {"device": "cpu"})
+
+
+@pytest.fixture(scope="module")
+def whole(brief, tmp_path_factory):
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run = finished(brief, store.new_run(tmp_path_factory.mktemp("whole"), "run").folder)
+    torch.set_num_threads(before)
+    return run
+
+
+@pytest.mark.parametrize("after", [0, 2, 7, 19])
+def test_a_disk_that_was_full_for_a_while_changes_no_bit(after, brief, whole, tmp_path, monkeypatch, one_thread):
+    monkeypatch.setattr(partial, "SHARE", float("inf"))
+    run, disk = store.new_run(tmp_path, "run"), Full(monkeypatch, after)
+    with pytest.raises(InputError, match="the disk is full; free some space and resume it"):
+        finished(brief, run.folder)
+    assert run.status["state"] == "failed" and not list(tmp_path.rglob("*.tmp"))
+    disk.left = 10**6
+    assert content(finished(brief, run.folder)) == content(whole)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9, 0.999])
+def test_files_that_were_torn_are_made_again(share, brief, whole, tmp_path, one_thread, monkeypatch):
+    monkeypatch.setattr(partial, "SHARE", float("inf"))
+    run = store.new_run(tmp_path, "run")
+
+    def stop(status):
+        if status.share >= share:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(brief, folder=run.folder, cache=tmp_path / "cache of " / run.id, watch=stop)
+    assert run.status["state"] == "cancelled"
+    torn = [p for where in ("partial", "masks", "weights") for p in (run.folder / where).rglob("*") if p.is_file()]
+    assert torn
+    for path in torn:
+        path.write_bytes(path.read_bytes()[:-20])
+    assert content(finished(brief, run.folder)) == content(whole)
+
+
+def test_a_killed_run_goes_on_from_the_command_line(brief, whole, tmp_path, capsys, one_thread):
+    run = store.new_run(tmp_path / "runs", "run")
+    store.write_json(run.folder / "run.json", {"config": brief.to_dict()})
+    store.write_json(run.folder / "status.json", {**worker.WAITING, "state": "running", "pid": 2**22, "pid_born": 0.0})   # nobody has this id
+    assert cli.main(["runs", "--runs", str(tmp_path / "runs")]) == 0
+    assert "failed. The run stopped in the middle" in capsys.readouterr().out
+    assert cli.main(["resume", "last", "--runs", str(tmp_path / "runs"), "--cache", str(tmp_path / "cache"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["id"] == run.id and content(run) == content(whole)
+    assert cli.main(["resume", "last", "--runs", str(tmp_path / "runs")]) == 1
+    assert "cannot go on: it is done" in capsys.readouterr().err

@@ -101,7 +101,7 @@ def test_a_killed_run_has_failed_and_says_so_from_then_on(llama, runs, tmp_path)
     os.kill(pid, signal.SIGKILL)
     status = wait_for(lambda: (s := worker.state(run))["state"] == "failed" and s, 10)
     assert sentence(status) == ("The run stopped in the middle: its process was killed, by the system if memory ran out; resume it: what it has "
-                                "is kept; if it ends so once more, lower its memory.")
+                                "is kept; if it ends so once more, with a limit such as --memory 8GB.")
     assert run.status["state"] == "failed"   # written down, for readers that do not ask for the process
     with turns.turn(torch.device("cpu"), lambda ahead: pytest.fail("the device is not free")):
         pass

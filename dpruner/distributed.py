@@ -1,0 +1,181 @@
+"""Several processes that work on one run: `torchrun --nproc-per-node N -m dpruner prune …`.
+
+The first process does the run as if it were alone, and only it writes. What takes long, a walk or a pass with gradients, it announces to the others:
+each takes its share of the calibration, and sums and counts are added up over all of them.
+"""
+
+import contextlib
+import copy
+import os
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
+from torch.distributed.tensor import DTensor, Shard
+
+from dpruner.errors import InputError
+from dpruner.hessian import Hessian
+from dpruner.model import decoder_blocks, fingerprint
+
+PATIENCE = timedelta(days=30)   # the others wait while the first one evaluates, writes or has no turn yet
+
+_busy = False   # whether the others are at work with the first process, and would not hear an announcement
+
+
+def size() -> int:
+    """How many processes work together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def several() -> bool:
+    """Whether this process is one of several."""
+    return size() > 1
+
+
+def first() -> bool:
+    """Whether this process is the one that writes."""
+    return not several() or dist.get_rank() == 0
+
+
+@contextlib.contextmanager
+def team() -> Iterator[bool]:
+    """Join the processes that torchrun has started, if it has; yields whether this is the first, which the others then `follow`."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield True
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+    try:
+        yield first()
+    finally:
+        if first() and not _busy:
+            dist.broadcast_object_list([None], device="cpu")
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def announced(model: nn.Module, work: Callable, **arguments) -> Iterator[None]:
+    """While open, the others do `work(their model, **arguments)` along with the first process; nothing where there are no others.
+
+    Raises:
+        InputError: they have loaded another model.
+    """
+    global _busy
+    if not several() or not first():
+        yield
+        return
+    dist.broadcast_object_list([(work, arguments)], device="cpu")
+    _busy = True
+    _require_same(model)
+    yield
+    _busy = False   # not after an error: then the others are left in the middle
+
+
+def follow(load: Callable[[], nn.Module]) -> None:
+    """Do whatever the first process announces, until it is done.
+
+    Args:
+        load: gives the model; called when there is something to do.
+    """
+    model = None
+    while True:
+        received = [None]
+        dist.broadcast_object_list(received, device="cpu")
+        if received[0] is None:
+            return
+        work, arguments = received[0]
+        model = load() if model is None else model
+        _require_same(model)
+        with contextlib.suppress(InputError):   # the first process meets it too, and says it
+            work(model, **arguments)
+
+
+def _require_same(model: nn.Module) -> None:
+    """Refuse processes whose models differ; asked once for each model."""
+    if getattr(model, "_same_everywhere", False):
+        return
+    found = gathered(fingerprint(model))
+    if len(set(found)) > 1:
+        raise InputError("The processes cannot work together", "the model is not the same everywhere", "give each machine the same files")
+    model._same_everywhere = True
+
+
+def share(items: list) -> list:
+    """This process's part of a list: every N-th item."""
+    return items[dist.get_rank()::size()] if several() else items
+
+
+def rounds(batches: list[torch.Tensor]) -> list[tuple[torch.Tensor, float]]:
+    """(this process's batch, its weight) of every round; where there are fewer batches than processes left, some repeat one that weighs nothing."""
+    own = range(dist.get_rank(), len(batches) + dist.get_rank(), size())
+    return [(batches[min(number, len(batches) - 1)], float(number < len(batches))) for number in own]
+
+
+def gathered(value) -> list:
+    """What each process has, in their order."""
+    if not several():
+        return [value]
+    found = [None] * size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def add_up(hessian: Hessian, like: torch.Tensor) -> Hessian:
+    """The Hessian over the tokens of all processes: sums and counts added up.
+
+    Args:
+        like: a tensor of the precision and on the device that H is to have.
+    """
+    if several():
+        hessian.total = hessian.total.to(like)
+        dist.all_reduce(hessian.total)
+        hessian.count = sum(gathered(hessian.count))
+    return hessian
+
+
+def spread(tensor: torch.Tensor) -> None:
+    """Give the first process's tensor to all, in place."""
+    if several():
+        whole = tensor.contiguous()
+        dist.broadcast(whole, 0)
+        if whole is not tensor:
+            tensor.copy_(whole)
+
+
+class SumOfSquares(ReduceScatter):
+    """Adds up the squares of the processes' gradients in place of the gradients.
+
+    Each process has a batch of its own, and `Σ g_j²` is wanted, not `(Σ g_j)²`.
+    """
+
+    def allocate(self, size, *, dtype, device):
+        return torch.empty(size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor, input_tensor, group, op, async_op=False):
+        return dist.reduce_scatter_single(output_tensor, input_tensor.square_(), group=group, async_op=async_op)
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    """A copy of the model of which every process holds its share of each weight's rows, gathered block by block as they are needed (FSDP2).
+
+    The gradients that its parameters get are sums of the squares of the processes' gradients.
+    """
+    model = copy.deepcopy(model)
+    mesh = init_device_mesh(model.device.type, (size(),))
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.promote_types(model.dtype, torch.float32))
+    for part in (*decoder_blocks(model)[1], model):
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+        part.set_custom_reduce_scatter(SumOfSquares())
+    return model
+
+
+def whole(part: torch.Tensor, parameter: DTensor) -> torch.Tensor:
+    """A tensor shaped like a sharded parameter, put together from the parts of all processes."""
+    return DTensor.from_local(part, parameter.device_mesh, [Shard(0)], shape=parameter.shape, stride=parameter.stride()).full_tensor()

@@ -1,0 +1,148 @@
+"""Where tensors as large as the model live while a run keeps to a limit: outside the device's memory.
+
+Outside a CPU's memory means in files without a name that the system reads and writes as they are needed; outside an accelerator's, on the host. What
+is computed there are the same bits.
+"""
+
+import contextlib
+import ctypes
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dpruner.errors import InputError
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8   # of mallopt(3)
+SMALLEST = 2**16   # bytes below which a tensor stays where it is
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run keeps to its limit.
+
+    Attributes:
+        outside: scores, masks and, on a CPU, the weights live outside the device's memory.
+        checkpointing: a pass with gradients keeps the input of each block only, and computes the rest of it a second time.
+        passes: over the calibration, each with gradients of a part of the weights.
+    """
+
+    outside: bool = False
+    checkpointing: bool = False
+    passes: int = 1
+
+
+_plan = Plan()
+_folder: Path | None = None   # where files go; None: nothing lives outside
+
+
+def plan() -> Plan:
+    """The plan that is being followed."""
+    return _plan
+
+
+def parse_size(words: str) -> int:
+    """Bytes of "16GB", "512 MiB" or "1.5g".
+
+    Raises:
+        InputError: it is no size.
+    """
+    found = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,6})?)\s*([KMGT]?I?)B?\s*", words.upper(), re.ASCII)
+    if found is None or found[2] not in UNITS or float(found[1]) == 0:
+        raise InputError(f"The memory {words!r} is not known", "it is an amount such as 16GB, 512MB or 7.5GiB", "give one of this kind")
+    return int(Fraction(found[1]) * UNITS[found[2]])
+
+
+@contextlib.contextmanager
+def following(plan: Plan, folder: Path) -> Iterator[None]:
+    """While open, `copied`, `kept` and `zeros` put tensors outside where the plan says so.
+
+    Args:
+        folder: on a disk with room for some multiples of the model; nothing is left in it.
+    """
+    global _plan, _folder
+    before = _plan, _folder
+    _plan, _folder = plan, folder if plan.outside else None
+    if plan.outside:
+        give_back_at_once()
+    try:
+        yield
+    finally:
+        _plan, _folder = before
+
+
+def give_back_at_once() -> None:
+    """Let the C library return what is freed to the system: by itself it keeps pieces for later, for every thread, in time as many as make a model."""
+    with contextlib.suppress(OSError, AttributeError):   # other systems have other libraries
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
+
+
+def _file(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised tensor in a file that has no name any more, so that the system removes it with its last user, however that ends."""
+    count = torch.Size(shape).numel()
+    _folder.mkdir(parents=True, exist_ok=True)
+    handle, path = tempfile.mkstemp(dir=_folder, prefix=".outside-")
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(handle, 0, count * dtype.itemsize)   # a full disk says so here; later it would end the process
+        return torch.from_file(path, shared=True, size=count, dtype=dtype).view(shape)
+    finally:
+        os.close(handle)
+        os.unlink(path)
+
+
+def _lives_outside(tensor: torch.Tensor) -> bool:
+    return _folder is not None and tensor.numel() * tensor.element_size() >= max(SMALLEST, 1)
+
+
+def zeros(like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Zeros of the shape of a tensor, for results: outside where things live outside, else on its device."""
+    if not _lives_outside(like):
+        return torch.zeros_like(like, dtype=dtype)
+    return sums(like, dtype) if like.device.type == "cpu" else torch.zeros(like.shape, dtype=dtype or like.dtype)
+
+
+def sums(like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Zeros of the shape of a tensor, to add to with every batch: on its device, but outside a CPU's memory."""
+    if like.device.type == "cpu" and _lives_outside(like):
+        return _file(like.shape, dtype or like.dtype).zero_()
+    return torch.zeros_like(like, dtype=dtype)
+
+
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of a tensor, outside where things live outside."""
+    if not _lives_outside(tensor):
+        return tensor.clone()
+    return _file(tensor.shape, tensor.dtype).copy_(tensor) if tensor.device.type == "cpu" else tensor.cpu()
+
+
+def kept(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that nothing else uses, for later: outside where things live outside, else as it is."""
+    return copied(tensor) if _lives_outside(tensor) and tensor.untyped_storage().filename is None else tensor
+
+
+def holds_weights(device: torch.device) -> bool:
+    """Whether the weights of a model on this device are to live outside too."""
+    return _folder is not None and device.type == "cpu"
+
+
+def settle(model: nn.Module, dtype: torch.dtype, like: nn.Module) -> None:
+    """Move the weights of a model outside, one after the other, in the precision asked for.
+
+    Those of a checkpoint's own file, as it was loaded, would leave that file when they are changed.
+
+    Args:
+        like: the same model in that precision, on the meta device; its buffers say which precision they keep.
+    """
+    for p in model.parameters():
+        p.data = copied(p.data.to(dtype))
+    for name, buffer in model.named_buffers():
+        buffer.data = buffer.data.to(like.get_buffer(name).dtype)
