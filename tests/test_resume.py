@@ -82,7 +82,8 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(name, llama, tmp_pa
             process = started(run.folder)
             process.join(60)
         assert run.status["state"] == "done", run.status["error"]
-        assert content(run) == content(whole)
+        found, wanted = content(run), content(whole)
+        assert [n for n in {*found, *wanted} if found.get(n) != wanted.get(n)] == []
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path):
