@@ -52,6 +52,7 @@ class RunConfig:
     baseline_calibration: str = setting("general", "text that wanda and sparsegpt calibrate on: general, domain, mix")
     finetune: bool = setting(False, "tune on the domain while scoring, as the paper does")
     epochs: int = setting(5, "epochs of that tuning")
+    sides: bool = setting(True, "also keep what the walk does not need: the ranks of the two sides that dpruner weighs")
     halves: bool = setting(True, "also score two halves of each domain's text: what they share is the ceiling of similarity")
     evaluate: bool = setting(True, "measure perplexity on held-out text")
     eval_seqlen: int | None = setting(None, "tokens per window of perplexity; default 2,048 or the model's maximum")

@@ -146,7 +146,7 @@ def pieces(job: Job, label: str, G: Scores, general_fisher: Scores | None) -> It
         job.status.about = label
         return score_domain(job, label, job.prepared.texts.domains[label], G)
 
-    if "dpruner" in job.config.methods:
+    if wants_sides(job.config):
         yield f"sides@{label}", lambda: both_sides(job, label, S())
     for method in job.config.methods:
         yield f"{method}@{label}", functools.partial(pruned_and_judged, job, method, label, S, general_fisher)
@@ -375,6 +375,11 @@ def save_ranks(run: Run, method: str, label: str, scores: Scores) -> None:
     store.write_tensors(run.path("edges", method, label), {n: edges for n, (_, edges) in found.items()})
 
 
+def wants_sides(config: RunConfig) -> bool:
+    """Whether the two sides of the dual score are kept; where masks come from that score, they are there anyhow."""
+    return "dpruner" in config.methods and (config.sides or config.compensate != "walk")
+
+
 def wants_halves(config: RunConfig) -> bool:
     """Whether ceilings are asked for and there is something to halve; the masks of a dual walk do not come from scores."""
     return config.halves and config.nsamples > 1 and config.compensate != "walk" and bool(set(HALVED) & set(config.methods))
@@ -502,7 +507,8 @@ def planned_work(config: RunConfig, texts: Texts) -> list[Planned]:
         plan.append(Planned("general fisher", gradients, "fisher"))
     plan += [Planned("evaluation", cost, DENSE) for cost in held.values()]
     for label in texts.labels:
-        plan.append(Planned("domain importance", domain_pass, f"sides@{label}"))
+        if wants_sides(config) or {"domain", "general"} & set(config.methods):
+            plan.append(Planned("domain importance", domain_pass, f"sides@{label}"))
         for method in config.methods:
             stages = []
             if method == "wanda":

@@ -1,0 +1,5 @@
+"""docs/RESULTS.md, written from stored experiments."""
+
+
+def write(root, to):
+    raise NotImplementedError
