@@ -20,9 +20,9 @@ EXPERIMENTS, STORED = Path("experiments"), Path("docs/results")
 PIECES, CHARACTERS, DOCUMENTS = 32, 900, 300   # held-out pieces of each text and their length; documents to calibrate on
 BUILT_IN = "--nsamples 32 --seqlen 128 --eval-documents 6 --eval-seqlen 128"
 COMMANDS = [
-    *(f"goal --domain {d}={{texts}}/{d}.jsonl --general general={{texts}}/general.jsonl --column text --eval-seqlen 256 --value 0.3 --value 0.5 "
+    *(f"goal --domain {d}={{texts}}/{d}.jsonl --general general={{texts}}/general.jsonl --column text --eval-seqlen 256 --nsamples 32 --value 0.5 "
       f"--value 0.6 --value 0.7 --value 0.8 --task {d}={{texts}}/{d}-heldout.jsonl --task general={{texts}}/general-heldout.jsonl "
-      "--task wikitext2={texts}/wikitext2-heldout.jsonl" for d in ("legal", "healthcare", "finance")),
+      "--task wikitext2={texts}/wikitext2-heldout.jsonl" for d in ("legal", "finance", "healthcare")),
     f"formulas --domain legal --domain healthcare {BUILT_IN}",
     f"transfer --domain legal --domain healthcare --domain finance --domain science --domain code {BUILT_IN}",
     f"sparsity --domain legal {BUILT_IN}",
