@@ -115,7 +115,7 @@ def walk_cost() -> dict:
         found.append({"sparsegpt": baseline, "walk": walk, "fisher of the domain": own, "fisher of the open domain": shared})
     best = {what: min(f[what] for f in found) for what in found[0]}
     return {**best, "ratio": (best["walk"] + best["fisher of the domain"]) / best["sparsegpt"],
-            "ratio with the open domain's Fisher": (best["walk"] + best["fisher of the domain"] + best["fisher of the open domain"]) / best["sparsegpt"]}
+            "ratio with both": (best["walk"] + best["fisher of the domain"] + best["fisher of the open domain"]) / best["sparsegpt"]}
 
 
 def main(row) -> None:
