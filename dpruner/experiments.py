@@ -79,7 +79,7 @@ class Design:
 
 
 def _sparsity(s) -> list[Point]:
-    return [Point(str(s), "", {"sparsity": s, "methods": (*MASKS, "sparsegpt"), **BOTH}),
+    return [Point(str(s), "", {"sparsity": s, "methods": (*MASKS, "sparsegpt"), "compensate": None, **BOTH}),
             Point(str(s), "walk", {"sparsity": s, "methods": ("dpruner",), "compensate": "walk"})]
 
 
@@ -95,7 +95,7 @@ def _goal(s) -> list[Point]:
 
 
 def _lam(lam) -> list[Point]:
-    return [Point(str(lam), "", {"lam": float(lam), "methods": ("dpruner",)}),
+    return [Point(str(lam), "", {"lam": float(lam), "methods": ("dpruner",), "compensate": None}),
             Point(str(lam), "walk", {"lam": float(lam), "methods": ("dpruner",), "compensate": "walk"})]
 
 
@@ -126,7 +126,7 @@ def _transfer(s) -> list[Point]:
 
 def _finetune(how) -> list[Point]:
     tune = None if how == "none" else how
-    return [Point(how, "", {"methods": ("dpruner", "sparsegpt", "magnitude"), **BOTH}, tune),
+    return [Point(how, "", {"methods": ("dpruner", "sparsegpt", "magnitude"), "compensate": None, **BOTH}, tune),
             Point(how, "walk", {"methods": ("dpruner",), "compensate": "walk"}, tune)]
 
 

@@ -9,7 +9,7 @@ import torch
 
 from analysis import comparisons, results, weights
 from analysis.chart import listed, number
-from app import data, resident, state, widgets
+from app import data, experiments, resident, state, widgets
 from dpruner import export, generate, metrics
 from dpruner.errors import InputError
 from dpruner.loading import stored_precision
@@ -285,6 +285,11 @@ def table() -> None:
                "and n, how many windows of text or weights it rests on.")
 
 
-for part in (quality, over_sparsity, compare, size_and_speed, checkpoint, table):
+def asked() -> None:
+    """Experiments with this run's settings."""
+    experiments.section(run)
+
+
+for part in (quality, over_sparsity, compare, asked, size_and_speed, checkpoint, table):
     with widgets.guarded():
         part()
