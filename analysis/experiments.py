@@ -34,11 +34,13 @@ def measured(table: pd.DataFrame, axis: str, domain: str, task: str, metric: str
     numeric = pd.to_numeric(rows["x"], errors="coerce").notna().all()
     rows = rows.assign(**{axis: pd.to_numeric(rows["x"]) if numeric else rows["x"]})
     rows = rows[(rows["method"] != "dense") | ~rows.duplicated(["method", "value"])]
-    made = comparisons.quality(rows, x=axis, series="series", metric=metric, lower_is_better=metric == "perplexity")
+    made = comparisons.quality(rows.assign(method=rows["series"]), x=axis, series="method", metric=metric, lower_is_better=metric == "perplexity")
     if made is None:
         return None
     title = f"{metric[0].upper()}{metric[1:]} on {task.removesuffix('-perplexity')} text against {axis}, pruned for {domain}"
-    how = made.how + (f" {FLOOR} masks, far above all others, are left out." if (table["method"] == FLOOR).any() else "")
+    dense = " The dashed line is the dense model." if (rows["method"] == "dense").any() else ""
+    how = ("Dots with 95 % intervals. Models differ less than their intervals suggest, because all read the same windows: the table of figures has the "
+           f"differences taken window by window, and which of them are more than noise.{dense}" + (f" {FLOOR} masks, far above all others, are left out." if (table["method"] == FLOOR).any() else ""))
     return Chart(title, made.figure, made.table, how, made.alt)
 
 

@@ -264,14 +264,14 @@ def conduct(experiment: Experiment, *, cache: str | Path = "cache", watch: Calla
         for number, point in enumerate(points):
             run, status.about = experiment.run_of(point), f"point {number + 1} of {len(points)}"
             status.step(point.slug, 0, 100)
-            if not _is_judged(run):
+            if not is_judged(run):
                 if dense:
                     shutil.copytree(dense, run.folder / evaluations.FOLDER / DENSE, dirs_exist_ok=True)
                 _conduct(run, point, record, cache, lambda share, slug=point.slug: status.step(slug, round(99 * share), 100), waiting)
             dense = run.folder / evaluations.FOLDER / DENSE
+            found = summed_up(experiment)   # after each, so that what is known so far can be seen
+            store.write_table(experiment.folder / "results.parquet", found)
             status.step(point.slug, 100, 100)
-        found = summed_up(experiment)
-        store.write_table(experiment.folder / "results.parquet", found)
     return found
 
 
@@ -293,7 +293,8 @@ def _conduct(run: Run, point: Point, record: dict, cache, progress: Callable[[fl
     store.write_json(run.folder / "judged.json", {"tune": point.tune})
 
 
-def _is_judged(run: Run) -> bool:
+def is_judged(run: Run) -> bool:
+    """Whether a point is done."""
     return (run.folder / "judged.json").is_file()
 
 
@@ -314,6 +315,7 @@ def summed_up(experiment: Experiment) -> pd.DataFrame:
     if kind == "x" and other not in {point.x for point in points}:
         other = points[-1].x
     answers = {}   # (x, series, domain, task) -> rows
+    points = [point for point in points if is_judged(experiment.run_of(point))]
     for point in points:
         run = experiment.run_of(point)
         for (method, domain), task in evaluations.stored(run):
@@ -343,8 +345,6 @@ def summed_up(experiment: Experiment) -> pd.DataFrame:
 
 def _of_run(run: Run, point: Point) -> Iterator[dict]:
     """Figures of a run's own table that its experiment keeps; the other domain of a similarity stands in the column of tasks."""
-    if not (run.folder / "metrics.parquet").is_file():
-        return
     table = run.metrics()
     for r in table[table.metric.isin(FROM_RUNS)].itertuples():
         yield {"x": point.x, "series": point.series(r.method), "method": r.method, "domain": r.domain, "task": r.text, "metric": r.metric,

@@ -120,7 +120,9 @@ def counted(table: pd.DataFrame) -> Iterator[str]:
 
 def section(experiment: Experiment, table: pd.DataFrame) -> Iterator[str]:
     """What one experiment found."""
-    name = experiment.record["name"]
+    name, values = experiment.record["name"], [str(value) for value in experiment.record["values"]]
+    if missing := [value for value in values if value not in set(table.x)]:
+        yield f"Not measured yet: {', '.join(missing)}; the command goes on from there.\n"
     if name == "transfer":
         yield from transfer_section(table)
     elif name == "calibration":

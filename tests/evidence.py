@@ -25,7 +25,7 @@ COMMANDS = [
       "--task wikitext2={texts}/wikitext2-heldout.jsonl" for d in ("legal", "finance", "healthcare")),
     f"formulas --domain legal --domain healthcare {BUILT_IN}",
     f"transfer --domain legal --domain healthcare --domain finance --domain science --domain code {BUILT_IN}",
-    f"sparsity --domain legal {BUILT_IN}",
+    f"sparsity --domain legal {BUILT_IN} --value 0.3 --value 0.5 --value 0.7",
     f"lambda --domain legal {BUILT_IN} --value 0 --value 0.1 --value 1 --value 10",
     f"granularities --domain legal {BUILT_IN}",
     f"calibration --domain legal {BUILT_IN}",
