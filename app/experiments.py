@@ -56,11 +56,11 @@ def watch(experiment: Experiment) -> None:
     """How far it is; when it has ended, what it found."""
     with widgets.guarded():
         known = (experiment.folder / "status.json").is_file()
-        status = worker.state(Run(experiment.folder)) if known else {"state": "not started"}
+        status = worker.state(experiment) if known else {"state": "not started"}
         if status["state"] in ("queued", "running"):
             st.progress(min(1.0, status["progress"]), f"{status['about'] or 'starting'} · {status['stage']} · {status['progress']:.0%}")
             if st.button("Cancel", key="results-experiment-cancel", icon=":material/cancel:"):
-                worker.cancel(Run(experiment.folder))
+                worker.cancel(experiment)
         elif status["state"] != "done":
             error = status.get("error")
             st.info(f"It failed. {error['what']}: {error['why']}; {error['what to do']}." if error else f"It is {status['state']}.")

@@ -148,19 +148,8 @@ DESIGNS = {
 }
 
 
-class Experiment:
-    """The folder of an experiment.
-
-    Args:
-        folder: of an existing one.
-    """
-
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-
-    @property
-    def id(self) -> str:
-        return self.folder.name
+class Experiment(Run):
+    """The folder of an experiment: its status is told, waited for and cancelled like a run's."""
 
     @property
     def record(self) -> dict:
@@ -178,11 +167,6 @@ class Experiment:
     @property
     def design(self) -> Design:
         return DESIGNS[self.record["name"]]
-
-    @property
-    def status(self) -> dict:
-        """status.json, as of a run."""
-        return Run(self.folder).status
 
     def points(self) -> list[Point]:
         """Its runs, in their order."""

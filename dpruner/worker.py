@@ -55,16 +55,16 @@ def submit(config: RunConfig, runs: str | Path = "runs", cache: str | Path = "ca
 
 
 def submit_experiment(experiment: "Experiment", cache: str | Path = "cache") -> None:
-    """Put an experiment into the queue of its device, new or to go on; its status is that of `Run(experiment.folder)`, which `cancel` takes too.
+    """Put an experiment into the queue of its device, new or to go on; `state` and `cancel` take it like a run.
 
     Raises:
         InputError: it is going on already, or its settings do not work here.
     """
-    run, config = Run(experiment.folder), RunConfig.from_dict(experiment.record["config"])
-    if (run.folder / "status.json").is_file() and state(run)["state"] in ("queued", "running"):
+    config = RunConfig.from_dict(experiment.config)
+    if (experiment.folder / "status.json").is_file() and state(experiment)["state"] in ("queued", "running"):
         raise InputError(f"The experiment {experiment.id} is going on already", "it has not ended yet", "wait for it, or cancel it")
     pick_device(config.device)
-    _start(run, config, cache)
+    _start(experiment, config, cache)
 
 
 def resume(run: Run, cache: str | Path = "cache") -> None:
@@ -185,6 +185,7 @@ def waits(run: Run) -> Callable[[int], None]:
 
 def work(folder: Path, cache: Path) -> None:
     """The job's own process: wait for the device, then run."""
+    from dpruner import experiments, pipeline   # after the status tells that the job lives
     from dpruner import experiments, pipeline   # after the status tells that the job lives
     if (folder / "experiment.json").is_file():
         experiment = experiments.Experiment(folder)
