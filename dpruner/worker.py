@@ -64,7 +64,7 @@ def submit_experiment(experiment: "Experiment", cache: str | Path = "cache") -> 
     if (experiment.folder / "status.json").is_file() and state(experiment)["state"] in ("queued", "running"):
         raise InputError(f"The experiment {experiment.id} is going on already", "it has not ended yet", "wait for it, or cancel it")
     pick_device(config.device)
-    _start(experiment, config, cache)
+    start(experiment, ["dpruner.worker", str(experiment.folder), str(cache)], config.device)
 
 
 def resume(run: Run, cache: str | Path = "cache") -> None:
