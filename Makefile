@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: setup app demo test bench load screenshots clean
+.PHONY: setup app demo test bench load evidence results screenshots clean
 .DEFAULT_GOAL = app
 
 setup: .venv/ready
@@ -27,6 +27,12 @@ bench: setup
 
 load: setup
 	PYTHONPATH=. $(BIN)/python tests/load.py
+
+evidence: setup
+	PYTHONPATH=. $(BIN)/python tests/evidence.py
+
+results: setup
+	$(BIN)/python -m dpruner experiment report --experiments docs/results --to docs/RESULTS.md
 
 screenshots: setup
 	PYTHONPATH=. $(BIN)/python tests/screenshots.py

@@ -23,6 +23,8 @@ PAPER = {"nsamples": 128, "seqlen": 2048, "formula": "release", "finetune": True
          "sparsity_of": "prunable", "eval_documents": 100, "halves": True, "compensate": None, "general_mode": "sequential", "lam": None}
 SOURCES = {STARTER: "Starter model", "folder": "A folder on this machine", "hub": "Hugging Face hub"}
 SHOWN_CHARACTERS = 600
+PURPOSES = {None: "masks to look at and compare: the kept weights stay as they are", "walk": "a model to use: the best that 50 % and more leave",
+            "after": "masks as above, with the kept weights moved afterwards"}
 
 
 def fields() -> tuple[dict, list[str]]:
@@ -159,6 +161,11 @@ def choose_settings() -> dict:
     values["granularity"] = a.selectbox("Granularity", [*GRANULARITIES, "2:4", "4:8"], **field("granularity"))
     values["formula"] = b.selectbox("Formula", list(FORMULAS), **field("formula"))
     values["lam"] = c.number_input("λ", 0.0, value=None, step=0.1, placeholder=str(DEFAULT_LAM[values["formula"]]), **field("lam"))
+    values["compensate"] = st.selectbox("What is D-Pruner's result for?", list(PURPOSES), format_func=PURPOSES.get, **field("compensate", None))
+    if values["compensate"] == "walk":
+        st.caption("The walk goes through the model layer by layer. It scores each weight by what the layer's output and what the loss would lose, in "
+                   "the domain and outside it; lets matrices that the loss needs more lose less; and moves the kept weights to make up for the "
+                   "removed ones. docs/RESULTS.md has what that is worth. Masks of such runs also tell of those moves: compare domains without them.")
     st.markdown("**Calibration**")
     a, b = st.columns(2)
     values["nsamples"] = a.number_input("Sequences per domain", 1, step=8, **usual("nsamples", DEFAULT.nsamples))
@@ -193,8 +200,6 @@ def more_settings() -> dict:
         "general_mode": b.selectbox("General importance", ["sequential", "static"], **field("general_mode")),
         "evaluate": a.toggle("Measure perplexity", **usual("evaluate", DEFAULT.evaluate)),
         "eval_documents": b.number_input("Held-out documents", 1, **usual("eval_documents", 10)),
-        "compensate": a.selectbox("Move the kept weights", [None, "after", "walk"], format_func=lambda c: c or "no, keep them as they are",
-                                  **field("compensate", None)),
         "seed": b.number_input("Seed", 0, **usual("seed", DEFAULT.seed)),
     }
 

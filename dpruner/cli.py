@@ -1,4 +1,4 @@
-"""The command line: prune, resume, runs, evaluate, similarity, generate, export.
+"""The command line: prune, resume, runs, evaluate, similarity, generate, export, experiment.
 
 The exit code is 0, 1 (failed: one line says why and what to do) or 2 (bad arguments).
 """
@@ -18,6 +18,7 @@ from dpruner.config import RunConfig
 from dpruner.errors import InputError
 
 REPEATED = {"domains": "domain", "methods": "method"}   # settings that take several values, named once for each on the command line
+EXPERIMENTS = ("sparsity", "goal", "walk", "lambda", "formulas", "granularities", "calibration", "text", "transfer", "finetune")
 UNITS = {"general importance": "block", "compensation": "block", "sparsegpt": "block", "wanda": "block", "evaluation": "batch of windows"}
 
 
@@ -98,6 +99,19 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--domain", required=True, help="for which domain")
     export.add_argument("--to", required=True, metavar="FOLDER", help="folder to make")
     export.set_defaults(command=command_export)
+
+    experiment = commands.add_parser("experiment", parents=[common], help="ask one question of several runs, or write down what was found")
+    experiment.add_argument("name", choices=[*EXPERIMENTS, "report"], help="which question; 'report' writes all stored answers to a file")
+    experiment.add_argument("--value", action="append", metavar="VALUE", help="on the axis of the experiment, once for each (default: the usual ones)")
+    experiment.add_argument("--task", action="append", metavar="NAME_OR_FILE", help="what every mask is judged on, as `evaluate` takes it (default: "
+                            "perplexity on held-out text of its domain and of the open domain)")
+    experiment.add_argument("--limit", type=int, default=100, metavar="ITEMS", help="at most this many items of each task (default: 100)")
+    experiment.add_argument("--experiments", default="experiments", metavar="FOLDER", help="folder of the experiments (default: experiments)")
+    experiment.add_argument("--cache", default="cache", metavar="FOLDER", help="folder of what runs share (default: cache)")
+    experiment.add_argument("--to", default="docs/RESULTS.md", metavar="FILE", help="where 'report' writes (default: docs/RESULTS.md)")
+    for field in dataclasses.fields(RunConfig):
+        _add_setting(experiment, field)
+    experiment.set_defaults(command=command_experiment)
     return top
 
 
@@ -277,6 +291,22 @@ def command_export(args: argparse.Namespace) -> None:
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     print(json.dumps({"folder": str(folder), "bytes": size}) if args.json else
           f"Wrote {folder} ({size / 1e6:.1f} MB): load it with AutoModelForCausalLM.from_pretrained({str(folder)!r}).")
+
+
+def command_experiment(args: argparse.Namespace) -> None:
+    """`experiment`: its points one after the other, those that are done passed over; then its table."""
+    from dpruner import experiments, findings, tables
+    from dpruner.loading import quiet_libraries
+    if args.name == "report":
+        written = findings.write(args.experiments, args.to)
+        return print(json.dumps({"file": str(args.to), "experiments": written}) if args.json else f"Wrote {args.to} from {len(written)} experiments.")
+    experiment = experiments.prepared(args.name, settings(args, {}), values=args.value, tasks=args.task, limit=args.limit, root=args.experiments)
+    with quiet_libraries(), _watching() as watch:
+        table = experiments.conduct(experiment, cache=args.cache, watch=watch)
+    if args.json:
+        found = table.astype(object).where(table.notna(), None).to_dict("records")   # JSON knows no NaN
+        return print(json.dumps({"id": experiment.id, "folder": str(experiment.folder), "figures": found}, ensure_ascii=False))
+    tables.show_experiment(table, experiment.design.question, experiment.design.axis, Console(highlight=False))
 
 
 @contextlib.contextmanager

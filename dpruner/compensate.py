@@ -27,13 +27,14 @@ class Compensated(NamedTuple):
     weights: dict[str, torch.Tensor]
 
 
-def compensated_walk(model: nn.Module, calibrations: list[list[torch.Tensor]], choose, *, stage: str = "compensation",
+def compensated_walk(model: nn.Module, calibrations: list[list[torch.Tensor]], choose, *, refined: int = 0, stage: str = "compensation",
                      progress: Progress = quiet, checkpoint: Checkpoint = NOTHING) -> Compensated:
     """The walk of section 2 with any rule for what goes, keeping its mask and its updated weights.
 
     Args:
         calibrations: sets of batches; their Hessians are mixed where there is more than one.
         choose: `choose(name, W1, d, columns)` gives a BoolTensor (out, b), True = remove; in the (out, in) sense.
+        refined: steps of least squares that move a matrix's kept weights once more when its mask is known; see `obs.refine`.
     """
     names = transposed_names(model)
     linears = prunable_linears(model)
@@ -42,7 +43,7 @@ def compensated_walk(model: nn.Module, calibrations: list[list[torch.Tensor]], c
 
     def visit(rows, hessians):
         H = hessians[0].mean() if len(hessians) == 1 else mix([h.mean() for h in hessians])
-        new, removed = sweep_group(rows, H, choose)
+        new, removed = sweep_group(rows, H, choose, refined=refined)
         for name in rows:
             masks[name].copy_(as_rows(~removed[name], name in names))
             weights[name].copy_(as_rows(new[name], name in names))
@@ -138,19 +139,22 @@ def allotted(model: nn.Module, fishers: list[Mapping[str, torch.Tensor]], sparsi
     linears = prunable_linears(model)
     wanted = global_shares(_Losses(linears, fishers), sparsity)
     sizes = {n: m.weight.numel() for n, m in linears.items()}
-    most = max(MOST_ALLOTTED, sparsity)
-    found = {n: sparsity + strength * (share - sparsity) for n, share in wanted.items()}
-    for _ in range(len(found)):   # what cannot go from a full or empty matrix goes from the others
-        found = {n: min(max(s, 0.0), most) for n, s in found.items()}
-        missing = sparsity - sum(found[n] * size for n, size in sizes.items()) / sum(sizes.values())
-        if abs(missing) < 1e-9:
-            break
-        found = {n: s + missing for n, s in found.items()}
-    return {n: min(max(s, 0.0), most) for n, s in found.items()}
+    most, whole = max(MOST_ALLOTTED, sparsity), sum(sizes.values())
+
+    def shifted(by: float) -> dict[str, float]:
+        return {n: min(max(sparsity + strength * (share - sparsity) + by, 0.0), most) for n, share in wanted.items()}
+
+    low, high = -1.0, 1.0   # what cannot go from a full or an empty matrix goes from the others: all sparsities move by as much
+    for _ in range(40):
+        middle = (low + high) / 2
+        removed = sum(s * sizes[n] for n, s in shifted(middle).items())
+        low, high = (middle, high) if removed < sparsity * whole else (low, middle)
+    return shifted(high)
 
 
 def compensate_walk(model: nn.Module, calibrations: list[list[torch.Tensor]], fisher: Mapping[str, torch.Tensor],
-                    sparsity: float | Mapping[str, float], lam: float = 1.0, *, progress: Progress = quiet, checkpoint: Checkpoint = NOTHING) -> Compensated:
+                    sparsity: float | Mapping[str, float], lam: float = 1.0, *, refined: int = 0, progress: Progress = quiet,
+                    checkpoint: Checkpoint = NOTHING) -> Compensated:
     """`compensate="walk"`: the dual score is taken inside the walk, from the weights as compensation has left them (METHOD section 4).
 
     Args:
@@ -158,6 +162,7 @@ def compensate_walk(model: nn.Module, calibrations: list[list[torch.Tensor]], fi
         sparsity: of all matrices, or {name: sparsity} as `allotted` gives them; `round(sparsity · out · b)` weights go in every block of 128
             columns.
         lam: weight of the loss's side against the layer output's.
+        refined: as in `compensated_walk`.
     """
     sparsities = sparsity if isinstance(sparsity, Mapping) else dict.fromkeys(prunable_linears(model), sparsity)
     for one in set(sparsities.values()):
@@ -169,7 +174,7 @@ def compensate_walk(model: nn.Module, calibrations: list[list[torch.Tensor]], fi
         scores = dual_saliency(W1, d, f, lam)
         return lowest(scores.reshape(1, -1), round(sparsities[name] * scores.numel())).view(scores.shape)
 
-    return compensated_walk(model, calibrations, choose, progress=progress, checkpoint=checkpoint)
+    return compensated_walk(model, calibrations, choose, refined=refined, progress=progress, checkpoint=checkpoint)
 
 
 def mixed_fisher(fishers: list[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -42,6 +42,7 @@ class RunConfig:
     hessian: str = setting("mix", "whose inputs compensation follows: general, domain, mix")
     fisher: str = setting("both", "whose gradients compensate='walk' regards: domain, both")
     allot: str = setting("loss", "sparsity of the matrices in compensate='walk': less where the 'loss' needs more, or 'even'")
+    refine: int = setting(10, "least-squares steps of the kept weights after each matrix of compensate='walk'; 0 for none")
     general: str = setting("general", "the open domain, named like a domain")
     general_sparsity: float = setting(SPARSITY, "sparsity at which the walk prunes while it scores general importance")
     general_mode: str = setting("sequential", "how general importance is taken: sequential, static")
@@ -51,6 +52,7 @@ class RunConfig:
     baseline_calibration: str = setting("general", "text that wanda and sparsegpt calibrate on: general, domain, mix")
     finetune: bool = setting(False, "tune on the domain while scoring, as the paper does")
     epochs: int = setting(5, "epochs of that tuning")
+    sides: bool = setting(True, "also keep what the walk does not need: the ranks of the two sides that dpruner weighs")
     halves: bool = setting(True, "also score two halves of each domain's text: what they share is the ceiling of similarity")
     evaluate: bool = setting(True, "measure perplexity on held-out text")
     eval_seqlen: int | None = setting(None, "tokens per window of perplexity; default 2,048 or the model's maximum")
@@ -113,7 +115,7 @@ class RunConfig:
             raise InputError(f"The granularity {self.granularity!r} cannot be combined with a walk that prunes",
                              "sparsegpt and compensate='walk' take a threshold for each 128 columns of a matrix as they go",
                              "use granularity='matrix', or compensate='after'")
-        for name, least in (("nsamples", 1), ("seqlen", 2), ("epochs", 1), ("eval_documents", 1), ("eval_seqlen", 2), ("seed", 0)):
+        for name, least in (("nsamples", 1), ("seqlen", 2), ("epochs", 1), ("eval_documents", 1), ("eval_seqlen", 2), ("seed", 0), ("refine", 0)):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise InputError(f"{name} = {getattr(self, name)} cannot be used", f"it is a count of {least} or more", "give a larger number")
             if name != "seed" and (getattr(self, name) or 0) > MOST:

@@ -27,14 +27,14 @@ COLUMNS = ("task", "kind", "metric", "method", "domain", "value", "low", "high",
 Model = tuple[str, str]   # method and domain; ("dense", "") is the original
 
 
-def evaluate(run: Run | str | Path, tasks: Sequence[str | Path] | None = None, methods: Sequence[str] | None = None,
+def evaluate(run: Run | str | Path, tasks: Sequence[str | Path | Task] | None = None, methods: Sequence[str] | None = None,
              domains: Sequence[str] | None = None, *, against: str = DENSE, limit: int | None = ITEMS, seed: int = 0, seqlen: int | None = None,
              device: str | None = None, progress: Progress = quiet) -> pd.DataFrame:
     """Give tasks to the pruned models of a run, and to the one they are compared with, and sum up what they made of them.
 
     Args:
         run: a finished run, its folder or its id.
-        tasks: names or files as `tasks.load_task` takes them; default for each domain of the run its built-in tasks and perplexity on the
+        tasks: names or files as `tasks.load_task` takes them, or tasks themselves; default for each domain of the run its built-in tasks and perplexity on the
             held-out text of the domain and of the open domain, as the run measured it.
         methods, domains: of the run; default all it holds.
         against: method of the run, or "dense": what each is compared with, on the same items.
@@ -61,7 +61,7 @@ def evaluate(run: Run | str | Path, tasks: Sequence[str | Path] | None = None, m
         own = {domain: _own_tasks(config, domain, limit, seed) for domain in dict.fromkeys(domain for _, domain in models)}
         plan = {model: own[model[1]] for model in models}
     else:
-        named = _distinct([task for name in tasks for task in load_task(name, limit, seed)])
+        named = _distinct([task for one in tasks for task in ([one] if isinstance(one, Task) else load_task(one, limit, seed))])
         plan = dict.fromkeys(models, named)
     plan = {(DENSE, ""): list({task.name: task for of in plan.values() for task in of}.values()), **plan}
 

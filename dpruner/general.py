@@ -7,7 +7,7 @@ from dpruner.errors import InputError
 from dpruner.hessian import dampen, dead_inputs, factor
 from dpruner.masks import Scores, as_rows, require_sparsity
 from dpruner.model import blank_scores
-from dpruner.obs import BLOCKSIZE, sweep
+from dpruner.obs import BLOCKSIZE, refine, sweep
 from dpruner.partial import NOTHING, Checkpoint
 from dpruner.walk import Progress, quiet, walk
 
@@ -41,13 +41,14 @@ def release_cut(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
     return scores <= scores.flatten().kthvalue(index + 1).values
 
 
-def sweep_group(rows: dict[str, torch.Tensor], H: torch.Tensor, choose, blocksize: int = BLOCKSIZE):
+def sweep_group(rows: dict[str, torch.Tensor], H: torch.Tensor, choose, blocksize: int = BLOCKSIZE, refined: int = 0):
     """Prune and compensate all linears that share an input, in one sweep.
 
     Args:
         rows: {name: float32 (out, in)}.
         H: (in, in), as accumulated; dead inputs lose their columns, then it is dampened and factored.
         choose: `choose(name, W1, d, columns)` for one linear's block of columns; see `obs.sweep`.
+        refined: steps of `obs.refine` after the sweep.
 
     Returns:
         ({name: compensated weight (out, in), zero where removed}, {name: BoolTensor (out, in), True = removed}).
@@ -59,7 +60,10 @@ def sweep_group(rows: dict[str, torch.Tensor], H: torch.Tensor, choose, blocksiz
     def choose_all(W1, d, columns):
         return torch.cat([choose(name, part, d, columns) for name, part in zip(rows, W1.split(sizes), strict=True)])
 
-    new, removed = sweep(W, factor(dampen(H)), choose_all, blocksize)
+    H = dampen(H)
+    new, removed = sweep(W, factor(H), choose_all, blocksize)
+    if refined:
+        new = refine(new, W, H, ~removed, refined)
     return dict(zip(rows, new.split(sizes), strict=True)), dict(zip(rows, removed.split(sizes), strict=True))
 
 

@@ -76,3 +76,36 @@ def sweep(W: torch.Tensor, U: torch.Tensor, choose: Callable, blocksize: int = B
         removed[columns] = gone
         T[columns.stop:].addmm_(U[columns, columns.stop:].t(), E, alpha=-1)
     return T.t().contiguous(), removed.t().contiguous()
+
+
+def refine(W: torch.Tensor, target: torch.Tensor, H: torch.Tensor, kept: torch.Tensor, steps: int) -> torch.Tensor:
+    """Move the kept weights on towards the least output error their mask allows: conjugate gradients on `tr((W − T) H (W − T)ᵀ)`.
+
+    The sweep goes once from left to right, and what stands left of a removed weight never learns of it. Each row has a least-squares problem
+    of its own; all of them take their steps together, preconditioned by the diagonal of H, for a matrix product a step.
+
+    Args:
+        W: (out, in), as the sweep leaves it: where the steps start.
+        target: (out, in), the weights whose output is to be kept.
+        H: (in, in), dampened.
+        kept: BoolTensor (out, in); all other weights are 0 and stay it.
+        steps: how many; the error falls with each.
+    """
+    kept, scale = kept.to(W.dtype), 1 / H.diagonal()
+    W = W * kept
+    residual = (target - W) @ H * kept
+    direction = residual * scale
+    height = (residual * direction).sum(1, keepdim=True)
+    for _ in range(steps):
+        curved = direction @ H * kept
+        length = _share(height, (direction * curved).sum(1, keepdim=True))
+        W = W + length * direction
+        residual = residual - length * curved
+        before, height = height, (residual.square() * scale).sum(1, keepdim=True)
+        direction = residual * scale + _share(height, before) * direction
+    return W
+
+
+def _share(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a/b for b ≥ 0; 0 where b is: a row that is solved, or keeps nothing, stays where it is."""
+    return torch.where(b > 0, a / torch.where(b > 0, b, torch.ones_like(b)), torch.zeros_like(b))

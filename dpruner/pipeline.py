@@ -146,7 +146,7 @@ def pieces(job: Job, label: str, G: Scores, general_fisher: Scores | None) -> It
         job.status.about = label
         return score_domain(job, label, job.prepared.texts.domains[label], G)
 
-    if "dpruner" in job.config.methods:
+    if wants_sides(job.config):
         yield f"sides@{label}", lambda: both_sides(job, label, S())
     for method in job.config.methods:
         yield f"{method}@{label}", functools.partial(pruned_and_judged, job, method, label, S, general_fisher)
@@ -341,7 +341,7 @@ def prune(job: Job, method: str, label: str, scores: Scores | None, general_fish
         fishers += [general_fisher] if general_fisher is not None else []
         wanted = allotted(model, fishers, sparsity) if config.allot == "loss" else sparsity
         fisher = mixed_fisher(fishers) if len(fishers) > 1 else fishers[0]
-        return compensate_walk(model, sets, fisher, wanted, 1.0 if config.lam is None else config.lam, **watched)
+        return compensate_walk(model, sets, fisher, wanted, 1.0 if config.lam is None else config.lam, refined=config.refine, **watched)
     granularity = granularity_of(method, config)
     masks = make_masks(scores, None if ":" in granularity else sparsity, granularity)
     if config.compensate == "after":
@@ -373,6 +373,11 @@ def save_ranks(run: Run, method: str, label: str, scores: Scores) -> None:
         found[name] = memory.kept(bins), edges
     store.write_tensors(run.path("ranks", method, label), {n: bins for n, (bins, _) in found.items()})
     store.write_tensors(run.path("edges", method, label), {n: edges for n, (_, edges) in found.items()})
+
+
+def wants_sides(config: RunConfig) -> bool:
+    """Whether the two sides of the dual score are kept; where masks come from that score, they are there anyhow."""
+    return "dpruner" in config.methods and (config.sides or config.compensate != "walk")
 
 
 def wants_halves(config: RunConfig) -> bool:
@@ -502,7 +507,8 @@ def planned_work(config: RunConfig, texts: Texts) -> list[Planned]:
         plan.append(Planned("general fisher", gradients, "fisher"))
     plan += [Planned("evaluation", cost, DENSE) for cost in held.values()]
     for label in texts.labels:
-        plan.append(Planned("domain importance", domain_pass, f"sides@{label}"))
+        if wants_sides(config) or {"domain", "general"} & set(config.methods):
+            plan.append(Planned("domain importance", domain_pass, f"sides@{label}"))
         for method in config.methods:
             stages = []
             if method == "wanda":

@@ -79,5 +79,20 @@ def show_evaluation(table: pd.DataFrame, title: str, console: Console) -> None:
         console.print(f"{row.shortened} of {row.n} items of {row.task} were too long for the model and were shortened.")
 
 
+def show_experiment(table: pd.DataFrame, question: str, axis: str, console: Console) -> None:
+    """Figures of an experiment, as `experiments.conduct` gives them: a table for each task and metric."""
+    for (task, metric), group in table[table.low.notna()].groupby(["task", "metric"], sort=False):
+        shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"{question} {metric} on {task}", caption="With 95 % intervals; differences on the same items.")
+        for name, side in ((axis, "left"), ("model", "left"), ("figure", "right"), ("difference", "right"), ("", "left")):
+            shown.add_column(name, justify=side)
+        for r in group.itertuples():
+            gap = "" if math.isnan(r.difference) else (f"{_signed(100 * r.difference)} [dim]{_signed(100 * r.difference_low)} {_signed(100 * r.difference_high)}[/] "
+                                                       f"to {r.against}")
+            shown.add_row(r.x, label(r.series, r.domain), f"{r.value:.4g} [dim]{r.low:.4g}–{r.high:.4g}[/]", gap, r.verdict)
+        console.print(shown)
+    for r in table[table.low.isna()].itertuples():   # counted, not estimated
+        console.print(f"{r.x} · {r.series} · {r.domain} {r.task}: {r.metric} {r.value:.4g}")
+
+
 def _signed(value: float) -> str:
     return f"{value:+.1f}" if abs(value) < 100 else f"{value:+.0f}"

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -19,6 +20,9 @@ from dpruner.config import RunConfig
 from dpruner.errors import InputError
 from dpruner.loading import pick_device
 from dpruner.store import Run
+
+if TYPE_CHECKING:   # it imports everything, which a starting page need not wait for
+    from dpruner.experiments import Experiment
 
 PATIENCE = 10.0   # seconds a cancelled process gets to end by itself, and a started one to be seen
 LOG = "log.txt"
@@ -48,6 +52,19 @@ def submit(config: RunConfig, runs: str | Path = "runs", cache: str | Path = "ca
     store.write_json(run.folder / "run.json", {"config": config.to_dict(), "created": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
     start(run, ["dpruner.worker", str(run.folder), str(cache)], config.device)
     return run
+
+
+def submit_experiment(experiment: "Experiment", cache: str | Path = "cache") -> None:
+    """Put an experiment into the queue of its device, new or to go on; `state` and `cancel` take it like a run.
+
+    Raises:
+        InputError: it is going on already, or its settings do not work here.
+    """
+    config = RunConfig.from_dict(experiment.config)
+    if (experiment.folder / "status.json").is_file() and state(experiment)["state"] in ("queued", "running"):
+        raise InputError(f"The experiment {experiment.id} is going on already", "it has not ended yet", "wait for it, or cancel it")
+    pick_device(config.device)
+    start(experiment, ["dpruner.worker", str(experiment.folder), str(cache)], config.device)
 
 
 def resume(run: Run, cache: str | Path = "cache") -> None:
@@ -168,7 +185,12 @@ def waits(run: Run) -> Callable[[int], None]:
 
 def work(folder: Path, cache: Path) -> None:
     """The job's own process: wait for the device, then run."""
-    from dpruner import pipeline   # after the status tells that the job lives
+    from dpruner import experiments, pipeline   # after the status tells that the job lives
+    from dpruner import experiments, pipeline   # after the status tells that the job lives
+    if (folder / "experiment.json").is_file():
+        experiment = experiments.Experiment(folder)
+        experiments.conduct(experiment, cache=cache, waiting=waits(experiment))
+        return
     run = Run(folder)
     pipeline.run(RunConfig.from_dict(run.config), folder=folder, cache=cache, waiting=waits(run))
 

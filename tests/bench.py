@@ -14,6 +14,7 @@ from pathlib import Path
 import bench_app
 import bench_learn
 import bench_memory
+import bench_speed
 import plain
 import psutil
 import torch
@@ -195,7 +196,7 @@ def demo():
 
 PARTS = {"general": general, "domain": domain, "memory": memory, "cost": linear_cost, "demo": demo,
          "budget": lambda: bench_memory.estimates(row), "app": lambda: bench_app.small(row), "learn": lambda: bench_learn.lesson(row),
-         "large": lambda: bench_app.large(row)}
+         "large": lambda: bench_app.large(row), "speed": lambda: bench_speed.main(row)}
 
 
 def main():

@@ -830,3 +830,49 @@ def _least_squares(w, H, target, fixed):
         delta = (target - w)[fixed]
         result[free] = w[free] - torch.linalg.solve(H[free][:, free], H[free][:, fixed] @ delta)
     return result
+
+
+# ------------------------------------------------------------------------------------------------------ the walk carried further
+
+
+def least_squares(target, H, kept):
+    """The weights of a mask whose output is closest to the target's: for each row `w_K = (H_KK)⁻¹ (H t)_K`, zero elsewhere.
+
+    Args:
+        target: (out, in), float64.
+        H: (in, in), dampened.
+        kept: bool (out, in).
+
+    Returns:
+        (out, in).
+    """
+    W = torch.zeros_like(target)
+    for i in range(len(target)):
+        k = kept[i].nonzero().squeeze(1)
+        if len(k):
+            W[i, k] = torch.linalg.solve(H[k][:, k], (H @ target[i])[k])
+    return W
+
+
+def allotted(weights, fishers, sparsity, strength, most=0.97):
+    """Sparsity of each matrix: between even and the share that one threshold for f·w² (each side divided by its total) would remove.
+
+    Args:
+        weights: `{name: tensor}`.
+        fishers: list of `{name: tensor}`.
+
+    Returns:
+        `{name: float}`; their mean over all weights is `sparsity`. Only where none of them meets a limit, which this does not mend.
+    """
+    losses = {name: torch.zeros_like(w, dtype=torch.float64) for name, w in weights.items()}
+    for fisher in fishers:
+        products = {name: fisher[name].double() * w.double() ** 2 for name, w in weights.items()}
+        total = sum(float(p.sum()) for p in products.values())
+        for name in losses:
+            losses[name] += products[name] / total
+    everything = torch.cat([loss.flatten() for loss in losses.values()]).sort().values
+    threshold = everything[round(sparsity * len(everything)) - 1]
+    shares = {name: float((loss <= threshold).double().mean()) for name, loss in losses.items()}
+    found = {name: sparsity + strength * (share - sparsity) for name, share in shares.items()}
+    assert all(0 < s < most for s in found.values())
+    return found

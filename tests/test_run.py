@@ -547,6 +547,7 @@ def test_blocks_of_128_columns_each_lose_their_share(monkeypatch, tmp_path):
     {"evaluate": True, "eval_documents": 1, "eval_seqlen": 128, "methods": ("magnitude", "dpruner"), "compensate": "walk"},
     {"sparsity": 0.0}, {"sparsity": 1.0}, {"halves": True, "nsamples": 5, "finetune": True, "epochs": 1}, {"halves": True, "nsamples": 1},
     {"halves": True, "methods": ("domain", "magnitude")}, {"halves": True, "granularity": "2:4"}, {"halves": True, "compensate": "walk"},
+    {"compensate": "walk", "allot": "even", "refine": 0}, {"compensate": "walk", "fisher": "domain", "sparsity": 0.8},
 ], ids=str)
 def test_every_setting_runs_through_with_the_sparsity_asked_for(settings, monkeypatch, tmp_path):
     run = through(tiny("llama"), monkeypatch, tmp_path, **settings)

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 
-from dpruner import InputError, RunConfig, store, turns, worker
+from dpruner import InputError, RunConfig, experiments, store, turns, worker
 from dpruner.store import Run
 
 BRIEF = {"domains": ("legal",), "nsamples": 4, "seqlen": 16, "evaluate": False, "halves": False, "general_mode": "static", "device": "cpu"}
@@ -170,3 +170,14 @@ def test_a_deleted_or_damaged_run_folder_is_one_sentence(tmp_path):
     (run.folder / "status.json").unlink()
     with pytest.raises(InputError, match="was not found"):
         worker.state(run)
+
+
+def test_an_experiment_is_a_process_like_a_run(llama, tmp_path):
+    config = RunConfig(model=str(llama), **BRIEF | {"eval_documents": 1, "eval_seqlen": 64})
+    experiment = experiments.prepared("formulas", config, values=["balanced"], root=tmp_path)
+    worker.submit_experiment(experiment, tmp_path / "cache")
+    with pytest.raises(InputError, match="going on already"):
+        worker.submit_experiment(experiment, tmp_path / "cache")
+    assert wait_for(lambda: worker.state(experiment)["state"] not in ("queued", "running"))
+    assert worker.state(experiment)["state"] == "done", (experiment.folder / worker.LOG).read_text()
+    assert set(experiment.results().series) == {"dense", "dpruner", "dpruner, after"}

@@ -9,7 +9,7 @@ import torch
 
 from analysis import comparisons, results, weights
 from analysis.chart import listed, number
-from app import data, resident, state, widgets
+from app import data, experiments, resident, state, widgets
 from dpruner import export, generate, metrics
 from dpruner.errors import InputError
 from dpruner.loading import stored_precision
@@ -239,6 +239,9 @@ def checkpoint() -> None:
     exports = state.RUNS.absolute().parent / "exports"
     st.markdown(f"The model with the mask of **{mine}** as a folder for `AutoModelForCausalLM.from_pretrained`: dense safetensors with zeros, "
                 "tokenizer, the mask, and a model card with what was measured.")
+    if method == "dpruner" and run.config["compensate"] != "walk":
+        st.caption("This run left the kept weights " + ("as they are" if not run.config["compensate"] else "to be moved afterwards")
+                   + ". For a model to be used, start one with *a model to use* on the page Run: it keeps more of what the model knew.")
     default = f"{run.id}-{method}-{domain}"
     name = st.text_input("Folder name", default, key=f"results-folder-{default}", max_chars=120, help=f"It is made in {exports}.")
     if st.button("Export", key="results-export", icon=":material/save:"):
@@ -285,6 +288,11 @@ def table() -> None:
                "and n, how many windows of text or weights it rests on.")
 
 
-for part in (quality, over_sparsity, compare, size_and_speed, checkpoint, table):
+def asked() -> None:
+    """Experiments with this run's settings."""
+    experiments.section(run)
+
+
+for part in (quality, over_sparsity, compare, asked, size_and_speed, checkpoint, table):
     with widgets.guarded():
         part()

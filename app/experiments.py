@@ -1,0 +1,88 @@
+"""The section Experiments: start one with the settings of the run that is looked at, watch it, and see what it found."""
+
+import dataclasses
+
+import streamlit as st
+
+from analysis import experiments as figures
+from analysis.chart import listed
+from app import state, widgets
+from dpruner import RunConfig, worker
+from dpruner.experiments import DESIGNS, Experiment, find_experiments, prepared
+from dpruner.store import Run
+
+
+def root():
+    """The folder of the experiments, beside the runs."""
+    return state.RUNS.absolute().parent / "experiments"
+
+
+def section(run: Run) -> None:
+    """Everything about experiments.
+
+    Args:
+        run: its model, domains and settings are those of a new experiment.
+    """
+    st.subheader("Experiments")
+    st.caption("One question, asked of several runs that differ in one setting and are judged on the same held-out text. An experiment is a process of "
+               "its own; what it has finished stays, and starting it again goes on from there.")
+    begin(run)
+    found = {e.id: e for e in find_experiments(root())}
+    if not found:
+        st.caption("There is no experiment yet.")
+        return
+    chosen = st.selectbox("Experiment", list(found), key="results-experiment",
+                          format_func=lambda name: f"{found[name].design.question} ({name})")
+    watch(found[chosen])
+
+
+def begin(run: Run) -> None:
+    """Choose a question and start."""
+    question, button = st.columns([4, 1], vertical_alignment="bottom")
+    name = question.selectbox("Question", list(DESIGNS), key="results-question", format_func=lambda n: DESIGNS[n].question)
+    design, config = DESIGNS[name], RunConfig.from_dict(run.config)
+    values = st.multiselect(f"At ({design.axis})", list(design.values), list(design.values), key=f"results-values-{name}")
+    if button.button("Start", key="results-experiment-start", icon=":material/science:", width="stretch",
+                     help=f"For {listed(config.domains)}, with the other settings of {run.id}."):
+        with widgets.guarded():
+            experiment = prepared(name, dataclasses.replace(config, compensate=None), values=values or None, root=root())
+            worker.submit_experiment(experiment, state.CACHE)
+            st.session_state["results-experiment"] = experiment.id
+            st.rerun()
+
+
+@st.fragment(run_every=2)
+def watch(experiment: Experiment) -> None:
+    """How far it is; when it has ended, what it found."""
+    with widgets.guarded():
+        known = (experiment.folder / "status.json").is_file()
+        status = worker.state(experiment) if known else {"state": "not started"}
+        if status["state"] in ("queued", "running"):
+            st.progress(min(1.0, status["progress"]), f"{status['about'] or 'starting'} · {status['stage']} · {status['progress']:.0%}")
+            if st.button("Cancel", key="results-experiment-cancel", icon=":material/cancel:"):
+                worker.cancel(experiment)
+        elif status["state"] != "done":
+            error = status.get("error")
+            st.info(f"It failed. {error['what']}: {error['why']}; {error['what to do']}." if error else f"It is {status['state']}.")
+            if st.button("Go on", key="results-experiment-resume", icon=":material/resume:"):
+                worker.submit_experiment(experiment, state.CACHE)
+        if (experiment.folder / "results.parquet").is_file():
+            show(experiment)
+
+
+def show(experiment: Experiment) -> None:
+    """Figure and table of a finished experiment."""
+    table, name = experiment.results(), experiment.record["name"]
+    if name == "transfer":
+        widgets.chart(figures.excess(table), "experiment-excess")
+        widgets.chart(figures.prediction(table), "experiment-prediction")
+    else:
+        measured = figures.texts_of(table)
+        of = st.selectbox("Measured", measured, key=f"results-measured-{experiment.id}",
+                          format_func=lambda m: f"{m[2]} on {m[1].removesuffix('-perplexity')}, pruned for {m[0]}")
+        if of:
+            widgets.chart(figures.measured(table, experiment.design.axis, *of), "experiment-measured")
+    with st.expander("All figures of this experiment"):
+        st.dataframe(table, hide_index=True)
+        st.download_button("Figures (CSV)", table.to_csv(index=False).encode(), f"{experiment.id}.csv", "text/csv", key="experiment-csv",
+                           on_click="ignore")

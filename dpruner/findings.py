@@ -1,0 +1,267 @@
+"""docs/RESULTS.md, written from stored experiments: tables with intervals, and sentences that follow from them."""
+
+import dataclasses
+import math
+import shlex
+from collections.abc import Iterator
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from dpruner.config import RunConfig
+from dpruner.errors import InputError
+from dpruner.experiments import DESIGNS, Experiment, find_experiments
+from dpruner.metrics import BETTER, NOISE, WORSE
+from dpruner.store import read_json, replacing
+from dpruner.variants import DENSE
+
+HEAD = """# Results
+
+Written by `python -m dpruner experiment report --experiments docs/results`; the tables behind it lie in docs/results, and `make evidence` makes
+them anew. All of it is about the embedded starter model of 12.5 million parameters: small models are more easily hurt than large ones, and what
+holds here is a lead for them, not a proof.
+
+Perplexity is on held-out text, lower is better. Intervals are of 95 %, by bootstrap over windows of text; a difference is taken window by window
+on the same text and stands in per cent. **Bold** is better beyond its interval, *slanted* worse, plain is inside the noise.
+"""
+
+
+def write(root: str | Path, to: str | Path) -> list[str]:
+    """Write the file from every experiment below a folder that has results.
+
+    Returns:
+        The experiments' names.
+
+    Raises:
+        InputError: there is none, or a table is damaged.
+    """
+    found = [e for e in find_experiments(root) if (e.folder / "results.parquet").is_file()]
+    found.sort(key=lambda e: (list(DESIGNS).index(e.record["name"]), e.id))
+    if not found:
+        raise InputError(f"There is nothing to report in {str(root)!r}", "no experiment there has ended", "conduct one first, such as: experiment sparsity")
+    tables = {e: e.results() for e in found}
+    lines = [HEAD, "## In short\n", *(f"- {sentence}" for sentence in in_short(tables)), ""]
+    for name in dict.fromkeys(e.record["name"] for e in found):
+        lines.append(f"## {DESIGNS[name].question}\n")
+        for experiment in (e for e in found if e.record["name"] == name):
+            lines += [f"```bash\n{command(experiment)}\n```\n", *section(experiment, tables[experiment])]
+    lines += [*tried(Path(root) / "tried.json"), *speed(Path(root) / "speed.json")]
+    with replacing(Path(to)) as temporary:
+        temporary.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    return [e.id for e in found]
+
+
+def command(experiment: Experiment) -> str:
+    """The line that conducts an experiment again."""
+    record, words = experiment.record, ["python", "-m", "dpruner", "experiment", experiment.record["name"]]
+    config, usual = RunConfig.from_dict(record["config"]), RunConfig(evaluate=False, halves=False, sides=False)
+    for field in dataclasses.fields(config):
+        value, flag = getattr(config, field.name), f"--{field.name.replace('_', '-')}"
+        if value == getattr(usual, field.name) and field.name != "domains" or field.name == "methods":
+            continue
+        for one in value if isinstance(value, tuple) else [value]:
+            words += [f"--{field.name.removesuffix('s')}" if isinstance(value, tuple) else flag, str(one)]
+    if record["values"] != list(experiment.design.values):
+        words += [word for value in record["values"] for word in ("--value", str(value))]
+    words += [word for task in record["tasks"] or () for word in ("--task", task)]
+    return shlex.join(words)
+
+
+# ---- tables
+
+
+def signed(share: float) -> str:
+    return f"{100 * share:+.1f}".replace("-", "−")
+
+
+def gap(row) -> str:
+    """A difference with its interval, marked by what it says; "" where there is none."""
+    if math.isnan(row.difference):
+        return ""
+    text = f"{signed(row.difference)} [{signed(row.difference_low)}, {signed(row.difference_high)}]"
+    return {BETTER: f"**{text}**", WORSE: f"*{text}*", NOISE: text}[row.verdict]
+
+
+def estimated(table: pd.DataFrame) -> pd.DataFrame:
+    """The figures that have an interval."""
+    return table[table.low.notna()]
+
+
+def markdown(rows: list[list[str]], head: list[str]) -> list[str]:
+    return ["| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows]] + [""]
+
+
+def grid(table: pd.DataFrame, axis: str) -> Iterator[str]:
+    """A table for each domain and text: models down, values across."""
+    figures = estimated(table)
+    for (domain, task, metric), group in figures[figures.method != DENSE].groupby(["domain", "task", "metric"], sort=False):
+        dense = figures[(figures.method == DENSE) & (figures.task == task) & (figures.metric == metric)]
+        against = ", ".join(dict.fromkeys(group.against[group.against != ""]))
+        text = task.removesuffix("-perplexity")
+        yield (f"Pruned for {domain}, {metric} on {text} text, n = {group.n.iloc[0]}" + (f", dense {dense.value.iloc[0]:.1f}" if len(dense) else "")
+               + (f"; in % of {against}" if against else "") + ".\n")
+        xs = list(dict.fromkeys(group.x))
+        rows = []
+        for series, of in group.groupby("series", sort=False):
+            by = {r.x: r for r in of.itertuples()}
+            rows.append([series, *(f"{by[x].value:.1f} {gap(by[x])}".strip() if x in by else "" for x in xs)])
+        yield from markdown(rows, [axis, *xs])
+
+
+def counted(table: pd.DataFrame) -> Iterator[str]:
+    """Figures without an interval, as a table."""
+    exact = table[table.low.isna()]
+    if len(exact):
+        rows = [[r.x, r.series, r.domain, r.task, r.metric, f"{r.value:.3f}" if r.value < 1 else f"{r.value:,.0f} of {r.n:,}"] for r in exact.itertuples()]
+        yield from markdown(rows, ["at", "method", "domain", "other", "figure", "value"])
+
+
+def section(experiment: Experiment, table: pd.DataFrame) -> Iterator[str]:
+    """What one experiment found."""
+    name, values = experiment.record["name"], [str(value) for value in experiment.record["values"]]
+    if missing := [value for value in values if value not in set(table.x)]:
+        yield f"Not measured yet: {', '.join(missing)}; the command goes on from there.\n"
+    if name == "transfer":
+        yield from transfer_section(table)
+    elif name == "calibration":
+        yield from calibration_section(table)
+    else:
+        yield from grid(table, experiment.design.axis)
+        yield from (counted(table) if name == "lambda" else ())
+
+
+def calibration_section(table: pd.DataFrame) -> Iterator[str]:
+    """Mean and spread over seeds, beside how alike the masks are."""
+    figures = estimated(table)
+    figures = figures[figures.method != DENSE]
+    alike = table[table.metric == "jaccard between seeds"].groupby("x").value.mean()
+    rows = [[x, task.removesuffix("-perplexity"), f"{of.value.mean():.2f}", f"{of.value.min():.2f} to {of.value.max():.2f}", f"{alike.get(x, math.nan):.3f}"]
+            for (x, task), of in figures.groupby(["x", "task"], sort=False)]
+    yield from markdown(rows, ["sequences", "text", "mean perplexity over seeds", "lowest to highest seed", "Jaccard of masks between seeds"])
+    ceiling = table[table.metric == "jaccard ceiling"]
+    yield "Masks of two halves of the same text share " + ", ".join(f"{r.value:.3f} (of {r.x} sequences)" for r in ceiling.itertuples()) + \
+        "; random masks share " + f"{table[table.metric == 'jaccard floor'].value.mean():.3f}.\n"
+
+
+# ---- transfer
+
+
+def transfer(table: pd.DataFrame) -> pd.DataFrame:
+    """How much worse every mask is than the text's own, beside how alike the two masks are.
+
+    Returns:
+        Columns mask, text, value (perplexity), excess, low, high (shares, against the text's own mask), jaccard; texts without a mask are left out.
+    """
+    figures = estimated(table)
+    figures = figures[figures.method != DENSE]
+    alike = {}
+    for r in table[table.metric == "jaccard"].itertuples():
+        alike[r.domain, r.task] = alike[r.task, r.domain] = r.value
+    rows = []
+    for r in figures.itertuples():
+        text = r.task.removesuffix("-perplexity")
+        if text in set(figures.domain):
+            rows.append((r.domain, text, r.value, r.difference, r.difference_low, r.difference_high, alike.get((r.domain, text), math.nan)))
+    return pd.DataFrame(rows, columns=["mask", "text", "value", "excess", "low", "high", "jaccard"])
+
+
+def predicts(found: pd.DataFrame) -> tuple[float, float]:
+    """Whether like masks serve each other's texts: Spearman's correlation of Jaccard and excess over ordered pairs, and its permutation p-value.
+
+    Domains, not pairs, are permuted (Mantel's test), because the pairs of one domain hang together. One-sided: likeness should mean less excess.
+
+    Returns:
+        (correlation, p); NaN with fewer than three domains.
+    """
+    names = list(dict.fromkeys(found["mask"]))
+    if len(names) < 3:
+        return math.nan, math.nan
+    excess = found.pivot(index="mask", columns="text", values="excess").loc[names, names].to_numpy()
+    alike = found.pivot(index="mask", columns="text", values="jaccard").loc[names, names].to_numpy()
+    apart = ~np.eye(len(names), dtype=bool)
+
+    def correlation(order) -> float:
+        ranks = [pd.Series(m[apart]).rank() for m in (alike[np.ix_(order, order)], excess)]
+        return float(ranks[0].corr(ranks[1]))
+
+    orders = list(permutations(range(len(names)))) if len(names) <= 7 else [np.random.default_rng(i).permutation(len(names)) for i in range(5000)]
+    mine = correlation(range(len(names)))
+    return mine, float(np.mean([correlation(list(order)) <= mine + 1e-12 for order in orders]))
+
+
+def transfer_section(table: pd.DataFrame) -> Iterator[str]:
+    found = transfer(table)
+    names = list(dict.fromkeys(found["mask"]))
+    by = {(r.mask, r.text): r for r in found.itertuples()}
+    yield "Perplexity of each domain's mask (down) on each domain's text (across); in brackets how much worse than the text's own mask, in %.\n"
+    yield from markdown([[m, *(f"{by[m, t].value:.1f}" if m == t else f"{by[m, t].value:.1f} {signed(by[m, t].excess)} [{signed(by[m, t].low)}, {signed(by[m, t].high)}]"
+                               for t in names)] for m in names], ["mask \\ text", *names])
+    yield "Jaccard similarity of the same masks.\n"
+    yield from markdown([[m, *("1" if m == t else f"{by[m, t].jaccard:.3f}" for t in names)] for m in names], ["", *names])
+    floor, ceiling = (table[table.metric == f"jaccard {end}"].value for end in ("floor", "ceiling"))
+    rho, p = predicts(found)
+    yield (f"Random masks share {floor.mean():.3f}; two halves of one domain's text {ceiling.min():.3f} to {ceiling.max():.3f}. "
+           f"Similarity against excess: Spearman {rho:+.2f}, p = {p:.3f} over permutations of the domains.\n".replace("-", "−"))
+
+
+# ---- sentences
+
+
+def in_short(tables: dict[Experiment, pd.DataFrame]) -> Iterator[str]:
+    """What follows from the tables, whatever it is."""
+    def of(name: str) -> pd.DataFrame:
+        return pd.concat([t.assign(experiment=e.id) for e, t in tables.items() if e.record["name"] == name] or [pd.DataFrame()])
+
+    goal = of("goal")
+    if len(goal):
+        walk = goal[(goal.series == "dpruner, walk") & goal.difference.notna()]
+        for domain, group in walk.groupby("domain", sort=False):
+            yield (f"Dual walk against SparseGPT on both calibrations, {domain}: better in {(group.verdict == BETTER).sum()} of {len(group)} "
+                   f"comparisons of texts and sparsities, worse in {(group.verdict == WORSE).sum()}. By sparsity, the smallest and the largest gain: "
+                   + "; ".join(f"{float(x):.0%} {signed(at.difference.max())} to {signed(at.difference.min())} %" for x, at in group.groupby("x")) + ".")
+    formulas = of("formulas")
+    if len(formulas):
+        masks = estimated(formulas)
+        masks = masks[masks.method != DENSE]
+        for variant, words in (("dpruner", "as masks alone"), ("dpruner, after", "with the kept weights moved afterwards")):
+            mean = np.exp(np.log(masks[masks.series == variant].set_index("x").value).groupby(level=0).mean()).sort_values()
+            yield (f"Formulas {words}, geometric mean of perplexity over all texts: " + ", ".join(f"{name} {value:.1f}" for name, value in mean.items())
+                   + f". The default is {RunConfig().formula}" + ("." if mean.index[0] == RunConfig().formula else f", though {mean.index[0]} is ahead here."))
+    sparsity = of("sparsity")
+    if len(sparsity):
+        figures = estimated(sparsity)
+        for task, group in figures[figures.method != DENSE].groupby("task", sort=False):
+            best = {x: at.loc[at.value.idxmin()].series for x, at in group.groupby("x", sort=False)}
+            masks = {x: at.loc[at.value.idxmin()].series for x, at in group[~group.series.isin(["sparsegpt", "dpruner, walk"])].groupby("x", sort=False)}
+            yield (f"On {task.removesuffix('-perplexity')} text the lowest perplexity at each sparsity: " + ", ".join(f"{x} {s}" for x, s in best.items())
+                   + "; among methods that leave the kept weights alone: " + ", ".join(f"{x} {s}" for x, s in masks.items()) + ".")
+
+
+def tried(path: Path) -> Iterator[str]:
+    """What was tried on the walk by programs that are not kept, as a table of stored figures."""
+    if not path.is_file():
+        return
+    found = read_json(path)
+    yield f"## What was tried on the walk\n\n{found['about']}\n"
+    texts = list(found["rows"][0]["figures"])
+    yield from markdown([[r["what"], f"{r['domain']}, {r['sparsity']:.0%}", *(r["figures"][t] for t in texts), r["verdict"]] for r in found["rows"]],
+                        ["what", "where", *texts, ""])
+
+
+def speed(path: Path) -> Iterator[str]:
+    """What zeros buy, as tests/bench_speed.py has measured it."""
+    if not path.is_file():
+        return
+    found = read_json(path)
+    yield f"## What do zeros buy?\n\nMeasured by `make bench` on {found['machine']}; a {found['shape'][0]} × {found['shape'][1]} matrix in float32 times 1 or 64 tokens.\n"
+    yield from markdown([[r["how"], f"{r['sparsity']:.0%}", str(r["tokens"]), f"{r['value']:.2f}× ({r['low']:.2f} to {r['high']:.2f})"]
+                         for r in found["products"]], ["product", "zeros", "tokens", "speed against dense"])
+    if not any("2:4" in r["how"] for r in found["products"]):
+        yield "2:4 kernels need an NVIDIA GPU and were not measured here.\n"
+    names = [n for n in found["bytes"][0] if n not in ("sparsity", "bytes dense")]
+    yield from markdown([[f"{r['sparsity']:.0%}", *(f"{r[n]:.2f}" for n in names)] for r in found["bytes"]], ["bytes, as a share of dense bfloat16", *names])
+    walk = found["walk"]
+    yield (f"Time of the dual walk, with the domain's Fisher: {walk['ratio']:.2f} times SparseGPT's ({walk['sparsegpt']:.1f} s of processor); with the open "
+           f"domain's Fisher too, which all domains share: {walk['ratio with both']:.2f} times.\n")

@@ -1,0 +1,274 @@
+"""Experiments: the same question is the same folder and goes on to the same bits; their tables against the answers; what is written of them."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from families import tiny, tiny_batches
+from streamlit.testing.v1 import AppTest
+
+from analysis import experiments as figures
+from app import state
+from dpruner import RunConfig, cli, evaluations, experiments, findings, finetune, metrics, pipeline, store, worker
+from dpruner.baselines import magnitude
+from dpruner.domain import next_token_loss
+from dpruner.errors import InputError
+from dpruner.experiments import DESIGNS, conduct, find_experiments, prepared
+from dpruner.masks import make_masks, pruned
+from dpruner.model import fingerprint
+from dpruner.store import Run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+MAIN = str(Path(__file__).parents[1] / "app" / "main.py")
+BRIEF = {"nsamples": 4, "seqlen": 16, "eval_documents": 1, "eval_seqlen": 64, "general_mode": "static", "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("experiments")
+
+
+@pytest.fixture(scope="module")
+def config(llama):
+    return RunConfig(model=str(llama), domains=("legal",), **BRIEF)
+
+
+@pytest.fixture(scope="module")
+def done(config, folder):
+    """(experiment, table) of the sweep at two sparsities."""
+    experiment = prepared("sparsity", config, values=[0.3, 0.6], root=folder / "e")
+    return experiment, conduct(experiment, cache=folder / "cache")
+
+
+@pytest.fixture(scope="module")
+def transferred(config, folder):
+    """(experiment, table) of three domains' masks on three domains' texts."""
+    experiment = prepared("transfer", dataclasses.replace(config, domains=("legal", "finance", "code")), root=folder / "e")
+    return experiment, conduct(experiment, cache=folder / "cache")
+
+
+def test_every_model_stands_beside_sparsegpt_on_the_same_windows(done):
+    experiment, table = done
+    assert tuple(table.columns) == experiments.COLUMNS and experiment.status["state"] == "done"
+    measured = table[table.low.notna()]
+    assert set(measured.x) == {"0.3", "0.6"} and set(measured.task) == {"legal-perplexity", "general-perplexity"}
+    assert set(measured.series) == {"dense", "sparsegpt", "dpruner, walk", *experiments.MASKS}
+    for point in experiment.points():
+        run = experiment.run_of(point)
+        for method, domain in run.pairs():
+            rows = evaluations.finished(run, (method, domain), "legal-perplexity")
+            other = evaluations.finished(experiment.run_of(experiment.points()[0 if point.x == "0.3" else 2]), ("sparsegpt", domain), "legal-perplexity")
+            (found,) = measured[(measured.x == point.x) & (measured.series == point.series(method)) & (measured.task == "legal-perplexity")].itertuples()
+            assert found.value == pytest.approx(np.exp(rows.loss.sum() / rows.tokens.sum())) and found.n == len(rows)
+            if found.series != "sparsegpt":
+                gap = metrics.difference(metrics.PERPLEXITY, rows, other)
+                assert (found.difference, found.difference_low, found.difference_high) == pytest.approx((float(gap), gap.low, gap.high))
+                assert found.against == "sparsegpt" and found.verdict == metrics.verdict(metrics.PERPLEXITY, gap)
+
+
+def test_both_sides_calibrate_on_the_same_text(done):
+    experiment, _ = done
+    for point in experiment.points():
+        config = experiment.run_of(point).config
+        assert config["hessian" if point.variant else "baseline_calibration"] == "mix"
+
+
+def test_what_is_done_is_not_done_again(done, config, folder, monkeypatch):
+    experiment, table = done
+    again = prepared("sparsity", config, values=["0.3", "0.6"], root=folder / "e")
+    assert again.folder == experiment.folder and prepared("sparsity", config, values=[0.3], root=folder / "e").folder != experiment.folder
+    monkeypatch.setattr(pipeline, "run", None)
+    monkeypatch.setattr(evaluations, "evaluate", None)
+    pd.testing.assert_frame_equal(conduct(again, cache=folder / "cache"), table)
+
+
+@pytest.mark.parametrize("where", ["in a run", "in an evaluation"])
+def test_one_that_was_interrupted_goes_on_to_the_same_bits(where, done, config, folder, tmp_path, monkeypatch):
+    _, table = done
+    experiment = prepared("sparsity", config, values=[0.3, 0.6], root=tmp_path)
+    with monkeypatch.context() as patched:
+        real, calls = (pipeline.pruned_and_judged, []) if where == "in a run" else (evaluations.answers, [])
+
+        def stopping(*args, **kwargs):
+            calls.append(args)
+            if len(calls) == 10:
+                raise KeyboardInterrupt
+            return real(*args, **kwargs)
+
+        patched.setattr(*((pipeline, "pruned_and_judged") if where == "in a run" else (evaluations, "answers")), stopping)
+        with pytest.raises(KeyboardInterrupt):
+            conduct(experiment, cache=folder / "cache")
+    assert experiment.status["state"] == "cancelled"
+    so_far = experiment.results() if (experiment.folder / "results.parquet").exists() else table[:0]
+    assert len(so_far) < len(table) and not len(so_far.merge(table, on=["x", "series", "task", "metric", "value"], how="left", indicator=True)
+                                                .query("_merge == 'left_only' and low_x.notna()"))
+    pd.testing.assert_frame_equal(conduct(experiment, cache=folder / "cache"), table)
+
+
+def test_what_takes_room_is_not_kept(done):
+    experiment, _ = done
+    left = {p.name for point in experiment.points() for p in experiment.run_of(point).folder.iterdir()}
+    assert "masks" in left and not left & set(experiments.LARGE)
+
+
+@pytest.mark.parametrize("name", sorted(DESIGNS))
+def test_every_design_asks_for_runs_that_can_be(name, config, tmp_path):
+    experiment = prepared(name, config, root=tmp_path)
+    points = experiment.points()
+    assert points and len({p.slug for p in points}) == len(points)
+    assert name in cli.EXPERIMENTS and len(cli.EXPERIMENTS) == len(DESIGNS)
+    assert [e.id for e in find_experiments(tmp_path)] == [experiment.id]
+
+
+@pytest.mark.parametrize("name, values, says", [("colours", None, "'colours'"), ("sparsity", ["many"], "many"), ("sparsity", [1.5], "1.5"),
+                                                ("granularities", ["2:0"], "2:0"), ("formulas", ["best"], "'best'")])
+def test_what_cannot_be_asked_is_refused_before_anything_is_written(name, values, says, config, tmp_path):
+    with pytest.raises(InputError, match=says):
+        prepared(name, config, values=values, root=tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+# ---- transfer
+
+
+def table_of_transfer(excess: np.ndarray, alike: np.ndarray, names: str = "abcd") -> pd.DataFrame:
+    rows = [dict(zip(experiments.COLUMNS, ("0.5", "dpruner", "dpruner", m, f"{t}-perplexity", "perplexity", 10 * (1 + excess[i, j]), 1, 99, 5, t,
+                                            np.nan if m == t else excess[i, j], -1, 1, ""), strict=True))
+            for i, m in enumerate(names) for j, t in enumerate(names)]
+    rows += [{"x": "0.5", "series": "dpruner", "method": "dpruner", "domain": names[i], "task": names[j], "metric": "jaccard", "value": alike[i, j], "n": 9}
+             for i in range(len(names)) for j in range(i + 1, len(names))]
+    return pd.DataFrame(rows, columns=experiments.COLUMNS)
+
+
+def test_similarity_that_predicts_is_found_and_noise_is_not():
+    generator = np.random.default_rng(0)
+    alike = np.triu(generator.random((6, 6)), 1)
+    alike += alike.T
+    rho, p = findings.predicts(findings.transfer(table_of_transfer(1 - alike, alike, "abcdef")))
+    assert rho == pytest.approx(-1) and p == pytest.approx(1 / 720)
+    ps = [findings.predicts(findings.transfer(table_of_transfer(generator.random((4, 4)), alike[:4, :4])))[1] for _ in range(60)]
+    assert 0.3 < np.mean(ps) < 0.75 and np.mean(np.array(ps) < 0.05) < 0.15
+    assert np.isnan(findings.predicts(findings.transfer(table_of_transfer(alike[:2, :2], alike[:2, :2], "ab")))).all()
+
+
+def test_every_mask_is_judged_on_every_text_against_the_texts_own(transferred):
+    _, table = transferred
+    found = findings.transfer(table)
+    assert len(found) == 9 and found[found["mask"] != found["text"]].excess.notna().all()
+    by = found.set_index(["mask", "text"])
+    assert by.excess["code", "legal"] == pytest.approx(by.value["code", "legal"] / by.value["legal", "legal"] - 1)
+    assert by.jaccard["code", "legal"] == by.jaccard["legal", "code"] > 1 / 3
+    assert figures.excess(table).table.equals(found) and len(figures.prediction(table).table) == 6
+
+
+# ---- tuning with the mask held
+
+
+def test_tuned_weights_fit_the_text_better_and_what_was_removed_stays_zero():
+    model, batches = tiny("llama"), tiny_batches(8, seed=3)
+    masks = make_masks(magnitude(model), 0.5)
+    before = fingerprint(model)
+    with pruned(model, masks):
+        loss = next_token_loss(model, torch.cat(batches)).item()
+        tuned = finetune.tune_kept(model, batches, masks, epochs=8, rate=3e-3)
+    assert fingerprint(model) == before and all(not p.requires_grad or p.grad is None for p in model.parameters())
+    assert set(tuned) == set(masks) and all((tuned[n][~m] == 0).all() for n, m in masks.items())
+    with pruned(model, masks, tuned):
+        assert next_token_loss(model, torch.cat(batches)).item() < loss - 0.05
+
+
+def test_a_merged_adapter_fills_no_zero():
+    generator = torch.Generator().manual_seed(0)
+    W, a, b = (torch.randn(*shape, generator=generator) for shape in ((6, 5), (6, 2), (2, 5)))
+    mask = torch.rand(6, 5, generator=generator) > 0.5
+    found = finetune.merged(W * mask, a @ b, mask)
+    assert (found[~mask] == 0).all() and torch.allclose(found[mask], (W + a @ b)[mask])
+    assert finetune.merged((W * mask).bfloat16(), a @ b, mask).dtype == torch.bfloat16
+
+
+def test_lora_is_merged_and_masked_or_says_what_it_needs():
+    model, batches = tiny("llama"), tiny_batches(4, seed=3)
+    masks, before = make_masks(magnitude(model), 0.5), fingerprint(model)
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        with pytest.raises(InputError, match="peft"):
+            finetune.tune_lora(model, batches, masks)
+    else:
+        with pruned(model, masks):
+            tuned = finetune.tune_lora(model, batches, masks)
+        assert all((tuned[n][~m] == 0).all() for n, m in masks.items()) and any((tuned[n] != 0).any() for n in masks)
+    assert fingerprint(model) == before
+
+
+def test_a_run_is_judged_with_the_weights_that_were_tuned(small, tmp_path):
+    run = Run(shutil.copytree(small.run.folder, tmp_path / small.run.id))
+    before = evaluations.evaluate(run, ["legal-perplexity"], domains=["legal"]).set_index("method").value
+    finetune.finetuned(run, "full")
+    first = run.path("weights", "dpruner", "legal").read_bytes()
+    finetune.finetuned(run, "full")
+    assert run.path("weights", "dpruner", "legal").read_bytes() == first   # not tuned twice
+    after = evaluations.evaluate(run, ["legal-perplexity"], domains=["legal"]).set_index("method").value
+    assert after["dense"] == before["dense"] and after["dpruner"] != before["dpruner"]
+    with pytest.raises(InputError, match="'magic'"):
+        finetune.finetuned(run, "magic")
+
+
+# ---- what is said
+
+
+def test_the_command_line_conducts_and_reports(llama, folder, done, tmp_path, capsys):
+    experiment, table = done
+    command = ["experiment", "sparsity", "--value", "0.3", "--value", "0.6", "--model", str(llama), "--domain", "legal", "--experiments",
+               str(folder / "e"), "--cache", str(folder / "cache"), *(w for k, v in BRIEF.items() for w in (f"--{k.replace('_', '-')}", str(v)))]
+    assert cli.main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["id"] == experiment.id and len(found["figures"]) == len(table)
+    assert cli.main(command) == 0
+    assert "sparsegpt" in capsys.readouterr().out
+    assert cli.main(["experiment", "report", "--experiments", str(tmp_path / "none"), "--to", str(tmp_path / "R.md")]) == 1
+    assert "nothing to report" in capsys.readouterr().err and not (tmp_path / "R.md").exists()
+
+
+def test_the_report_tells_the_figures_and_the_command(folder, done, transferred, tmp_path):
+    findings.write(folder / "e", tmp_path / "R.md")
+    text = (tmp_path / "R.md").read_text()
+    for experiment, table in (done, transferred):
+        assert findings.command(experiment) in text
+    row = done[1].set_index(["x", "series", "task"]).loc[("0.6", "dpruner, walk", "legal-perplexity")]
+    assert f"{row.value:.1f} {findings.gap(row)}" in text
+    marks = {"better": "**", "worse": "*", "inside the noise": ""}
+    for verdict, mark in marks.items():
+        told = findings.gap(pd.Series({"difference": -0.1, "difference_low": -0.2, "difference_high": 0.05, "verdict": verdict}))
+        assert told == f"{mark}−10.0 [−20.0, +5.0]{mark}"
+
+
+def test_the_page_starts_an_experiment_and_shows_a_finished_one(small, folder, done, transferred, tmp_path, monkeypatch):
+    shutil.copytree(small.runs, tmp_path / "runs")
+    shutil.copytree(folder / "e", tmp_path / "experiments")
+    monkeypatch.setattr(state, "RUNS", tmp_path / "runs")
+    started = []
+    monkeypatch.setattr(worker, "submit_experiment", lambda experiment, cache: started.append(experiment))
+    page = AppTest.from_file(MAIN, default_timeout=60)
+    page.switch_page("views/results.py")
+    page.session_state["results-experiment"] = done[0].id
+    page.run()
+    assert not page.exception
+
+    def charts():
+        return {e.proto.id.rsplit("-experiment-", 1)[-1] for e in page.get("plotly_chart") if "-experiment-" in e.proto.id}
+
+    assert charts() == {"measured"}
+    page.selectbox(key="results-experiment").set_value(transferred[0].id).run()
+    assert not page.exception and charts() == {"excess", "prediction"}
+    page.selectbox(key="results-question").set_value("formulas").run()
+    page.button(key="results-experiment-start").click().run()
+    assert not page.exception
+    (experiment,) = started
+    assert experiment.record["name"] == "formulas" and experiment.record["config"]["domains"] == small.run.config["domains"]
+    assert store.read_json(experiment.folder / "experiment.json")["values"] == list(DESIGNS["formulas"].values)
