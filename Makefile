@@ -19,8 +19,9 @@ app: setup
 demo: setup
 	$(BIN)/python -m dpruner prune --model starter --domain healthcare --domain legal --method dpruner --method magnitude --method random
 
+# two at a time, each on one thread: threads of two processes would wait for each other
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 bench: setup
 	PYTHONPATH=. $(BIN)/python tests/bench.py

@@ -108,7 +108,9 @@ def test_what_the_loss_needs_more_loses_less(judged):
     even = allotted(model, fishers, 0.6)
     needed = next(iter(even))
     found = allotted(model, [{n: f * (100 if n == needed else 1) for n, f in fisher.items()} for fisher in fishers], 0.6)
-    assert found[needed] < even[needed] and all(found[n] >= even[n] for n in even if n != needed)
+    assert found[needed] < even[needed] - 0.1
+    more = [found[n] - even[n] for n in even if n != needed]
+    assert min(more) > -0.005 and sum(d > 0 for d in more) > 0.9 * len(more)   # the two sides' totals, which weigh them, have moved a little too
 
 
 def test_the_walk_removes_what_was_allotted(judged):

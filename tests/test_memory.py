@@ -129,9 +129,9 @@ plan = memory.Plan(outside=True, checkpointing=True)
 with memory.following(plan, folder), torch.no_grad():
     torch.nn.Linear(9, 9)(torch.ones(2, 9))   # what torch sets up at its first use
     before = peak = mine()
-    threading.Thread(target=watch, daemon=True).start()
-    model = LlamaForCausalLM.from_pretrained(folder / "model").eval()
+    model = LlamaForCausalLM.from_pretrained(folder / "model").eval()   # in threads, which hold more or less of it at once
     memory.settle(model, torch.float32, model)
+    threading.Thread(target=watch, daemon=True).start()
     batches = list(torch.randint(0, 99, (2, 32), generator=torch.Generator().manual_seed(0)).split(1))
     G = general_importance(model, batches, mode="static")
     with torch.enable_grad():
