@@ -3,6 +3,7 @@
 The libraries are loaded and the demonstration is on its way before the browser opens, so that its first page is there at once.
 """
 
+import importlib
 import ipaddress
 import logging
 import sys
@@ -46,6 +47,8 @@ def main() -> None:
         demo.ensure()
     except InputError as error:   # such as a folder that cannot be written: the pages say so too
         print(f"  {error}", file=sys.stderr)
+    for needed in ("before", "finished", "form"):   # of the first page: loaded now, it is there at once
+        importlib.import_module(f"app.{needed}")
     from streamlit.web import cli
     sys.argv = ["streamlit", "run", str(MAIN), *sys.argv[1:], f"--server.address={where}"]   # elsewhere than in its folder it has no config file
     sys.exit(cli.main())

@@ -5,7 +5,7 @@ from filelock import FileLock
 from app import state
 from dpruner import RunConfig, store, worker
 
-CONFIG = RunConfig(domains=("healthcare", "legal", "finance"), methods=("dpruner", "magnitude", "random"), nsamples=32, eval_documents=3)
+CONFIG = RunConfig(domains=("healthcare", "legal", "finance"), methods=("dpruner", "magnitude", "random"), nsamples=16, eval_documents=2)
 
 
 def ensure() -> None:

@@ -1,4 +1,4 @@
-"""What is happening: runs that wait, run or ended badly, as the page Run shows them from second to second."""
+"""What is happening: runs that wait, run or ended badly, as the page Run shows them, looked at anew every other second."""
 
 import streamlit as st
 
@@ -11,9 +11,9 @@ from dpruner.store import Run
 LOG_LINES = 40
 
 
-@st.fragment(run_every=1)
+@st.fragment(run_every=2)   # each look costs the server and the browser time that the run itself wants
 def happening() -> None:
-    """Waiting, running and failed runs, looked at every second; when one ends the whole page is drawn anew, once."""
+    """Waiting, running and failed runs, looked at every other second; when one ends the whole page is drawn anew, once."""
     known = statuses()
     active = [(run, status) for run, status in known if status["state"] in ("queued", "running")]
     before = st.session_state.get("run-active", set())
