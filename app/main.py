@@ -22,7 +22,6 @@ PAGES = {
 }
 
 
-
 @st.cache_resource
 def put_aside() -> None:
     """What the libraries have loaded is not looked at again, and what a script frees is freed.
@@ -34,7 +33,6 @@ def put_aside() -> None:
     memory.give_back_at_once()
 
 
-put_aside()
 page = st.navigation(PAGES)
 st.html("<style>.block-container, [data-testid=stMainBlockContainer] {padding-top: 3rem} [data-testid=stSidebarHeader] {height: 2.5rem}</style>")
 with widgets.guarded():
@@ -46,3 +44,5 @@ try:
     page.run()
 except InputError as error:   # whatever a page did not catch itself
     st.error(str(error), icon=":material/error:")
+finally:
+    put_aside()   # the first page does not wait for it

@@ -72,6 +72,7 @@ def show_active(run: Run, status: dict) -> None:
             left = f"about {duration(status['eta_seconds'])} left" if status["eta_seconds"] else "time left: known in a moment"
             st.progress(min(1.0, max(0.0, status["progress"])),
                         f"{at} · step {min(status['done'] + 1, status['total'])} of {status['total']} · {status['progress']:.0%} · {left}")
+        if status["state"] == "running" or not status.get("ahead"):   # what it is about is there while its process still starts
             sofar.show(run, status)
         if st.toggle("Log", key=f"run-log-{run.id}", help="What the process of this run has printed"):
             show_log(run)
