@@ -268,7 +268,8 @@ def _restore(saved: Mapping[str, torch.Tensor], results, sets) -> None:
     for k, (hidden, _) in enumerate(sets):
         for j, x in enumerate(hidden):
             if _HIDDEN.format(k, j) in saved:
-                hidden[j] = saved[_HIDDEN.format(k, j)].to(x.device)
+                # a copy: what is read from a file lies in memory as it happens, and the last bits of a product can hang on that
+                hidden[j] = saved[_HIDDEN.format(k, j)].to(x.device, copy=True)
 
 
 def _collect(block, linears, hidden, calls, keep_output) -> dict[tuple[str, ...], Hessian]:
