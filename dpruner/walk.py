@@ -268,7 +268,7 @@ def _restore(saved: Mapping[str, torch.Tensor], results, sets) -> None:
     for k, (hidden, _) in enumerate(sets):
         for j, x in enumerate(hidden):
             if _HIDDEN.format(k, j) in saved:
-                # a copy: what is read from a file lies in memory as it happens, and the last bits of a product can hang on that
+                # a copy, laid out in memory as a computed tensor is, lest the last bits of a product hang on where a file put it
                 hidden[j] = saved[_HIDDEN.format(k, j)].to(x.device, copy=True)
 
 
