@@ -4,7 +4,6 @@ Everything about two rankings follows from their joint histogram, (256, 256) cou
 ranks once and answers every slider from it. Histograms of several matrices may be added.
 """
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -296,7 +295,7 @@ def brushed(a, b, bins_a: tuple[int, int], bins_b: tuple[int, int]) -> np.ndarra
         bins_a, bins_b: first and last bin, both inside.
 
     Returns:
-        bool, same shape; `analysis.sparsity.part_counts` and `cell_shares` say where in the matrix they sit.
+        bool, same shape; `analysis.sparsity.part_counts` and `analysis.glance.cell_shares` say where in the matrix they sit.
     """
     a, b = np.asarray(a), np.asarray(b)
     return (a >= bins_a[0]) & (a <= bins_a[1]) & (b >= bins_b[0]) & (b <= bins_b[1])
@@ -305,22 +304,3 @@ def brushed(a, b, bins_a: tuple[int, int], bins_b: tuple[int, int]) -> np.ndarra
 def bin_range(low: float, high: float) -> tuple[int, int]:
     """First and last bin of the ranks from `low` to `high` per cent; empty (first behind last) where the two are equal."""
     return math.ceil(BINS * low / 100), math.ceil(BINS * high / 100) - 1
-
-
-def cell_shares(flags, cells: int = 64) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A whole matrix at a glance: the share of weights that are True in a grid of near-equal rectangles.
-
-    Args:
-        flags: bool (rows, columns).
-        cells: at most so many rectangles a side.
-
-    Returns:
-        (float64 (a, b) shares, int64 (a + 1,) edges of the rows, int64 (b + 1,) edges of the columns).
-    """
-    bits = np.asarray(flags).view(np.uint8)
-    edges = [np.linspace(0, n, min(cells, n) + 1).astype(np.int64) for n in bits.shape]
-    # rows first: that reads memory in order; bytes hold the sum of 255 rows, and are added many at a time
-    by_rows = np.array([sum(bits[at:min(at + 255, stop)].sum(0, dtype=np.uint8).astype(np.int64) for at in range(start, stop, 255))
-                        for start, stop in itertools.pairwise(edges[0])])
-    counts = np.add.reduceat(by_rows, edges[1][:-1], axis=1)
-    return counts / np.outer(np.diff(edges[0]), np.diff(edges[1])), *edges

@@ -98,7 +98,7 @@ def mask_overview(shares: np.ndarray, row_edges: np.ndarray, column_edges: np.nd
     """A whole matrix at a glance, as rectangles; a click carries their first row, last row, first column and last column.
 
     Args:
-        shares, row_edges, column_edges: as `analysis.overlap.cell_shares` makes them, of a mask, of disagreement, or of a brushed region.
+        shares, row_edges, column_edges: as `analysis.glance.cell_shares` makes them, of a mask, of disagreement, or of a brushed region.
         quantity: what the share is of, in words.
         frame: (first row, last row, first column, last column) to be framed.
 

@@ -7,6 +7,7 @@ import pandas as pd
 import streamlit as st
 
 from analysis import matrices, overlap, results, similarity, weighing, weights
+from analysis.glance import Glance, read_glance
 from analysis.sparsity import at_least, part_counts, rank_spread, stats_spread, threshold
 from dpruner import estimate, loading, report, store
 from dpruner.calibration import load_texts
@@ -138,10 +139,9 @@ def heads(run: Run) -> dict[str, tuple[str, int]]:
 
 
 @st.cache_data(max_entries=128, show_spinner=False)
-def kept_cells(files: tuple[tuple[str, float], ...], name: str, at: float | None, flipped: bool, cells: int = 64) -> tuple:
-    """A whole matrix as near-equal rectangles, as `analysis.overlap.cell_shares` makes them: the share kept; of two files, where they differ."""
-    masks = [tile_mask(file, name, slice(None), slice(None), at, flipped) for file in files]
-    return overlap.cell_shares(np.ascontiguousarray(masks[0] if len(masks) == 1 else masks[0] != masks[1]), cells)
+def glance(files: tuple[tuple[str, float], ...], name: str, at: float | None, flipped: bool) -> Glance:
+    """One or two masks of a whole matrix, counted in a grid, as `analysis.glance.read_glance`."""
+    return read_glance([Path(file) for file, _ in files], name, at, flipped)
 
 
 def tile_mask(file: tuple[str, float], name: str, rows: slice, columns: slice, at: float | None, flipped: bool) -> np.ndarray:
@@ -335,9 +335,3 @@ def _lambda_changes(folder: str, when: float, domain: str, matrix: str, sparsity
 def lambda_changes(run: Run, domain: str, matrix: str, sparsity: float, lam: float) -> tuple[pd.DataFrame, float]:
     """Decisions of one matrix that any λ changes, as `analysis.weighing.changed_by_lambda`, and the counted share of the run's λ."""
     return _lambda_changes(*stamp(run), domain, matrix, sparsity, lam)
-
-
-@st.cache_data(max_entries=128, show_spinner=False)
-def matrix_regions(files: tuple[tuple[str, float], ...], name: str, at: float | None, flipped: bool) -> overlap.Regions:
-    """How many weights of a matrix two masks keep together, alone, or not at all."""
-    return overlap.region_counts(*(tile_mask(file, name, slice(None), slice(None), at, flipped) for file in files))

@@ -18,7 +18,7 @@ from families import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis import chart, comparisons, figures, generation, matrices, overlap, similarity, sparsity, tiles
+from analysis import chart, comparisons, figures, generation, glance, matrices, overlap, similarity, sparsity, tiles
 from dpruner.errors import InputError
 from dpruner.evaluate import bootstrap_ratio
 from dpruner.masks import jaccard, jaccard_floor, make_masks, rank_bins, ranked
@@ -374,10 +374,28 @@ def test_overlap_of_every_matrix_and_of_their_sums(tmp_path):
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 12))
 def test_a_matrix_at_a_glance_is_the_mean_of_its_rectangles(rows, columns, cells):
     flags = random_masks(rows, shape=(rows, columns))[names()[0]].numpy()
-    shares, row_edges, column_edges = overlap.cell_shares(flags, cells)
+    shares, row_edges, column_edges = glance.cell_shares(flags, cells)
     assert shares.shape == (min(rows, cells), min(columns, cells)) and row_edges[-1] == rows and column_edges[-1] == columns
     for i, j in np.ndindex(shares.shape):
         assert shares[i, j] == pytest.approx(flags[row_edges[i]:row_edges[i + 1], column_edges[j]:column_edges[j + 1]].mean())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 64), (300, 9), (70, 131)])
+@pytest.mark.parametrize("flipped", [False, True])
+def test_two_masks_at_a_glance(tmp_path, shape, flipped):
+    name, tensors = names()[0], [torch.from_numpy(random_ranks(shape, i)) for i in range(2)]
+    kept = [[r >= 128 for r in tensors], [r >= 96 for r in tensors]]
+    for i, ranks in enumerate(tensors):
+        write_tensors(tmp_path / f"ranks{i}.safetensors", {name: ranks})
+        write_masks(tmp_path / f"masks{i}.safetensors", {name: kept[0][i]})
+    for files, at, masks in (("masks", None, kept[0]), ("ranks", 96 / 256, kept[1])):
+        a, b = (m.numpy().T if flipped else m.numpy() for m in masks)
+        found = glance.read_glance([tmp_path / f"{files}{i}.safetensors" for i in range(2)], name, at, flipped)
+        assert found.regions == overlap.region_counts(a, b)
+        for counts, flags in zip((*found.kept, found.differ), (a, b, a ^ b), strict=True):
+            for i, j in np.ndindex(counts.shape):
+                assert counts[i, j] == flags[found.rows[i]:found.rows[i + 1], found.columns[j]:found.columns[j + 1]].sum()
+            assert np.array_equal(found.shares(counts)[0], glance.cell_shares(flags)[0])
 
 
 # ---- similarity of masks
@@ -632,7 +650,7 @@ CHARTS = {
     "tile": tile,
     "tile with values": lambda: tile(values={"w": np.arange(660.0).reshape(20, 33), "rank": np.zeros((20, 33))}),
     "tile of one mask": lambda: tiles.mask_tile(random_masks()[names()[0]], None, ("general",), "a matrix"),
-    "overview": lambda: tiles.mask_overview(*overlap.cell_shares(random_masks(shape=(64, 80))[names()[0]].numpy(), 8), title="T",
+    "overview": lambda: tiles.mask_overview(*glance.cell_shares(random_masks(shape=(64, 80))[names()[0]].numpy(), 8), title="T",
                                             quantity="q", how="H", frame=(0, 7, 0, 9)),
     "similarity": lambda: comparisons.similarity_heatmap(similarity.similarity(some_counts())["model"], some_counts().labels, 1 / 3, 0.95),
     "similarity by module": lambda: comparisons.similarity_grid(
@@ -769,7 +787,7 @@ def test_a_tile_is_its_masks_pixel_for_pixel():
 
 def test_an_overview_says_which_rectangle_is_clicked():
     flags = random_masks(shape=(50, 70))[names()[0]].numpy()
-    shares, rows, columns = overlap.cell_shares(flags, 6)
+    shares, rows, columns = glance.cell_shares(flags, 6)
     found = tiles.mask_overview(shares, rows, columns, title="T", quantity="q", how="H")
     assert np.allclose(found.figure.data[0].z, shares, atol=1e-7)
     for top, bottom, left, right, share in targets(found)[0]:
@@ -876,7 +894,7 @@ def test_matrices_of_a_large_model_fit_into_a_page():
     assert counts.sum() == a.size
     found = [figures.profile(sparsity.part_table(a, 0.5, axis), axis, "a matrix") for axis in ("row", "column")]
     found += [figures.plane(counts, 0.5, 0.5, "general", "domain", "a matrix"),
-              tiles.mask_overview(*overlap.cell_shares((a >= 136) ^ (b >= 136)), title="T", quantity="q", how="H"),
+              tiles.mask_overview(*glance.cell_shares((a >= 136) ^ (b >= 136)), title="T", quantity="q", how="H"),
               tiles.mask_tile(a[:512, :512] >= 128, b[:512, :512] >= 100, ("general", "domain"), "a matrix"),
               tiles.mask_tile(a[:128, :128] >= 128, b[:128, :128] >= 100, ("general", "domain"), "a matrix",
                               values={f"value {i}": generator.normal(size=(128, 128)) for i in range(8)})]

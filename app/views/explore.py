@@ -180,8 +180,8 @@ def whole_matrix(look: Look, rows: slice, columns: slice) -> None:
     if st.session_state.get("explore-show", options[0]) not in options:
         st.session_state["explore-show"] = options[0]
     show = st.radio("Share of weights that", options, key="explore-show", bind="query-params", horizontal=True)
-    files = look.files if show == "they differ" else (look.files[names.index(show)],)
-    shares = data.kept_cells(files, look.matrix, look.at, look.flipped)
+    counts = data.glance(look.files, look.matrix, look.at, look.flipped)
+    shares = counts.shares(counts.differ if show == "they differ" else counts.kept[names.index(show)])
 
     def click() -> None:
         found = clicked("explore-overview")
@@ -201,7 +201,7 @@ def whole_matrix(look: Look, rows: slice, columns: slice) -> None:
 
 def region_table(look: Look, masks: list[np.ndarray]) -> None:
     """Who keeps how many weights, in the window and in the whole matrix."""
-    here, whole = overlap.region_counts(*masks), data.matrix_regions(look.files, look.matrix, look.at, look.flipped)
+    here, whole = overlap.region_counts(*masks), data.glance(look.files, look.matrix, look.at, look.flipped).regions
     shown = pd.DataFrame({"kept by": ["both", f"only {look.masks[0].name}", f"only {look.masks[1].name}", "neither"]})
     for where, found in (("in the window", here), ("in the whole matrix", whole)):
         counts = [found.both, found.only_a, found.only_b, found.neither]

@@ -4,6 +4,7 @@ import streamlit as st
 
 from analysis import figures, overlap, tiles
 from analysis.chart import percent
+from analysis.glance import cell_shares
 from analysis.sparsity import told
 from app import data, state, widgets
 from dpruner.formulas import DEFAULT_LAM
@@ -126,7 +127,7 @@ def brushed(ranks, from_general, from_domain, brushing: bool) -> None:
     if not flags.any():
         return
     widgets.chart(tiles.mask_overview(
-        *overlap.cell_shares(flags), title=f"Where the weights of the box sit in {here}", quantity="share in the box",
+        *cell_shares(flags), title=f"Where the weights of the box sit in {here}", quantity="share in the box",
         how=f"The matrix in small rectangles, each coloured by how many of its weights lie in the box; {percent(share)} everywhere if "
             f"place did not matter. Stripes are rows or columns that are alike."), "overlap-place")
 
