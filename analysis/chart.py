@@ -15,6 +15,7 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "solid")
 AMOUNTS, AROUND = "Cividis", "PuOr"   # for amounts, and where there is a middle
 FAINT = "rgba(128,128,128,0.25)"
+CELL_TEXT = {"size": 11, "weight": 700}   # figures in the cells of a heatmap: thin ones vanish on the middle of a colour scale
 INK = "#7d7d7d"   # text of exported figures, legible on white and on black; a page's theme puts its own in the template's place
 
 TEMPLATE = go.layout.Template(layout={

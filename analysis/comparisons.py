@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from analysis.chart import (AMOUNTS, BLUE, FAINT, GREEN, GREY, ORANGE, SKY, VERMILLION, Chart, click_targets, colour_bar, columns, counted,
+from analysis.chart import (AMOUNTS, BLUE, CELL_TEXT, FAINT, GREEN, GREY, ORANGE, SKY, VERMILLION, Chart, click_targets, colour_bar, columns, counted,
                             informative, level_line, listed, look, new_figure, number, percent, plain)
 from analysis.similarity import order
 
@@ -55,7 +55,7 @@ def similarity_heatmap(matrix: np.ndarray, labels: Sequence[str], floor: float |
     ticks = {"tickvals": list(range(len(names))), "ticktext": [plain(n) for n in names], "showgrid": False, "constrain": "domain"}
     digits = "%{z:.3f}" if len(names) <= 8 else "%{z:.2f}" if len(names) <= 16 else None
     figure.add_trace(go.Heatmap(x=np.arange(len(names)), y=np.arange(len(names)), z=shown, colorscale=AMOUNTS, zmin=low, zmax=1,
-                                showscale=False, hoverinfo="skip", xgap=1, ygap=1, texttemplate=digits))
+                                showscale=False, hoverinfo="skip", xgap=1, ygap=1, texttemplate=digits, textfont=CELL_TEXT))
     y, x = (i.reshape(-1) for i in np.indices(shown.shape))
     figure.add_trace(click_targets(
         x, y, columns([names[i] for i in y], [names[i] for i in x], shown.reshape(-1), floors[np.ix_(at, at)].reshape(-1),
@@ -180,7 +180,7 @@ def similarity_sides(sides: Mapping[str, np.ndarray], labels: Sequence[str], flo
     for k, (name, matrix) in enumerate(sides.items()):
         suffix, shown = "" if k == 0 else str(k + 1), matrix[np.ix_(at, at)]
         figure.add_trace(go.Heatmap(z=shown, coloraxis="coloraxis", hoverinfo="skip", xgap=1, ygap=1, xaxis=f"x{suffix}", yaxis=f"y{suffix}",
-                                    texttemplate="%{z:.3f}" if n <= 6 else "%{z:.2f}" if n <= 9 else None, textfont={"size": 11}))
+                                    texttemplate="%{z:.3f}" if n <= 6 else "%{z:.2f}" if n <= 9 else None, textfont=CELL_TEXT))
         figure.add_trace(click_targets(x, y, columns([names[i] for i in y], [names[i] for i in x], shown.reshape(-1)),
                                        f"{plain(name)}<br>%{{customdata[0]}} and %{{customdata[1]}}<br>{MEASURE_NAMES[measure]} %{{customdata[2]:.4f}}",
                                        size=20, xaxis=f"x{suffix}", yaxis=f"y{suffix}"))

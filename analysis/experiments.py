@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analysis import comparisons
-from analysis.chart import AROUND, FAINT, VERMILLION, Chart, colour_bar, columns, new_figure, number, plain
+from analysis.chart import AROUND, CELL_TEXT, FAINT, VERMILLION, Chart, colour_bar, columns, new_figure, number, plain
 from dpruner.findings import predicts, transfer
 
 FLOOR = "random"   # its perplexities are so high that nothing else could be told apart beside them
@@ -64,7 +64,7 @@ def excess(table: pd.DataFrame) -> Chart | None:
     most = float(np.nanmax(np.abs(shown))) or 1.0
     figure = new_figure(height=150 + 44 * max(len(names), 4))
     figure.add_trace(go.Heatmap(z=shown, x=[plain(n) for n in names], y=[plain(n) for n in names], colorscale=AROUND, reversescale=True, zmin=-most,
-                                zmax=most, texttemplate="%{z:+.1%}", xgap=1, ygap=1, colorbar=colour_bar("excess perplexity", tickformat="+.0%"),
+                                zmax=most, texttemplate="%{z:+.1%}", textfont=CELL_TEXT, xgap=1, ygap=1, colorbar=colour_bar("excess perplexity", tickformat="+.0%"),
                                 hovertemplate="mask of %{y} on %{x} text: %{z:+.2%}<extra></extra>"))
     figure.update_xaxes(title="text of", showgrid=False)
     figure.update_yaxes(title="mask of", autorange="reversed", showgrid=False)

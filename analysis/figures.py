@@ -11,7 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from scipy.stats import beta
 
-from analysis.chart import (AMOUNTS, AROUND, BLUE, CATEGORIES, GREY, ORANGE, PURPLE, VERMILLION, Chart, click_targets, colour_bar,
+from analysis.chart import (AMOUNTS, AROUND, BLUE, CATEGORIES, CELL_TEXT, GREY, ORANGE, PURPLE, VERMILLION, Chart, click_targets, colour_bar,
                             columns, counted, informative, level_line, listed, look, new_figure, number, percent, plain)
 from analysis.matrices import layers_by_modules
 from analysis.overlap import regions
@@ -20,6 +20,7 @@ from dpruner.masks import BINS
 
 PLANE = 128          # cells a side of the general × domain plane
 PROFILE_POINTS = 2000
+LABEL = (0.2, 0.06)   # half the width and height of a region's label, as shares of the plane
 
 
 # ---- layers x modules
@@ -50,7 +51,7 @@ def layer_heatmap(table: pd.DataFrame, column: str, *, title: str, quantity: str
     colours = {"colorscale": AMOUNTS} if middle is None else {"colorscale": AROUND, "zmid": middle}
     figure = new_figure(height=170 + 34 * len(modules))
     figure.add_trace(go.Heatmap(
-        x=blocks, y=[plain(m) for m in modules], z=values, hoverinfo="skip", xgap=1, ygap=1, textfont={"size": 11},
+        x=blocks, y=[plain(m) for m in modules], z=values, hoverinfo="skip", xgap=1, ygap=1, textfont=CELL_TEXT,
         texttemplate=f"%{{z:{'.0%' if share else '.2g'}}}" if few else None,
         colorbar=colour_bar(quantity, tickformat=".0%" if share else None), **colours))
     rows, at = np.nonzero(np.isfinite(values))
@@ -295,7 +296,9 @@ def plane(histogram: np.ndarray, sparsity_a: float, sparsity_b: float, a: str, b
         for colour, width in (("white", 5), (BLUE, 3)):   # to be seen on all colours of the scale
             figure.add_shape(type="rect", x0=brush[0], x1=brush[1], y0=brush[2], y1=brush[3], line={"color": colour, "width": width})
     found = regions(histogram, sparsity_a, sparsity_b)
-    (kept_x, gone_x), (kept_y, gone_y) = (((1 + s) / 2, s / 2) for s in (sparsity_a, sparsity_b))   # middles of the regions
+    # in the middle of each region, or, where that is narrow, as near as the words stay inside the plane
+    (kept_x, gone_x), (kept_y, gone_y) = (np.clip([(1 + s) / 2, s / 2], room, 1 - room)
+                                          for s, room in ((sparsity_a, LABEL[0]), (sparsity_b, LABEL[1])))
     named = {"both": (kept_x, kept_y, found.both), f"only {a}": (kept_x, gone_y, found.only_a), f"only {b}": (gone_x, kept_y, found.only_b),
              "neither": (gone_x, gone_y, found.neither)}
     for name, (x, y, count) in named.items():   # light on its own dark ground: it lies over all colours of the scale

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from analysis.chart import AROUND, Chart, click_targets, colour_bar, columns, counted, informative, listed, new_figure, percent, plain
+from analysis.chart import AROUND, CELL_TEXT, Chart, click_targets, colour_bar, columns, counted, informative, listed, new_figure, percent, plain
 from analysis.matrices import places
 
 MOST = 4   # squares beside each other
@@ -63,7 +63,7 @@ def head_squares(tables: Mapping[str, pd.DataFrame], labels: Sequence[str], meth
         if label in tables:
             t = tables[label]
             figure.add_trace(go.Heatmap(x=t["head"], y=t.block, z=t.kept_share, coloraxis="coloraxis", hoverinfo="skip", xgap=1, ygap=1,
-                                        texttemplate="%{z:.0%}" if blocks * heads <= 80 else None, textfont={"size": 11}, **place))
+                                        texttemplate="%{z:.0%}" if blocks * heads <= 80 else None, textfont=CELL_TEXT, **place))
             figure.add_trace(click_targets(
                 t["head"], t.block, columns(t.kept, t.weights, t.kept_share),
                 f"{plain(label)}, layer %{{y}}, head %{{x}}<br>keeps %{{customdata[0]:,}} of %{{customdata[1]:,}} (%{{customdata[2]:.2%}})",

@@ -30,17 +30,22 @@ def chart(made, key: str, **options):
     state = st.plotly_chart(made.figure, key=key, config=config, alt=made.alt, **options)
     st.caption(f"**How to read this:** {made.how}")
     with st.popover("Take it away", help="Its data and itself, for a paper or a lesson"):
-        st.download_button("Data (CSV)", lambda: made.table.to_csv(index=False).encode(), f"{file_name(made.title)}.csv", "text/csv", key=f"{key}-csv",
-                           on_click="ignore")
-        st.download_button("Figure (HTML)", lambda: made.figure.to_html(include_plotlyjs=True, full_html=True).encode(),
+        st.download_button("Data (CSV)", lambda: csv(made), f"{file_name(made.title)}.csv", "text/csv", key=f"{key}-csv", on_click="ignore")
+        st.download_button("Figure (HTML)", lambda: made.titled().to_html(include_plotlyjs=True, full_html=True).encode(),
                            f"{file_name(made.title)}.html", "text/html", key=f"{key}-html", on_click="ignore")
         st.caption("PNG: the camera in the corner of the figure.")
     return state
 
 
+def csv(made) -> bytes:
+    """The data of a Chart, in the words of the pages, which call a block of the model a layer."""
+    return made.table.rename(columns={"block": "layer"}).to_csv(index=False).encode()
+
+
 def file_name(title: str) -> str:
-    """A title as the stem of a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:80] or "figure"
+    """A title as the stem of a file name, of whole words."""
+    stem = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+    return (stem if len(stem) <= 80 else stem[:81].rpartition("-")[0] or stem[:80]) or "figure"
 
 
 @contextlib.contextmanager

@@ -74,7 +74,7 @@ def expected(run, method=None, domain=None, count=16, **settings):
 
 
 def test_texts_perplexities_and_differences_are_those_of_the_models(run):
-    at = go(opened(**{"generate-beside": ["random@legal"]}))
+    at = go(opened(**{"generate-beside": ["random for legal"]}))
     dense, legal = expected(run), expected(run, "dpruner", "legal")
     aligned = generation.align([t.id for t in dense], [t.id for t in legal])
     said = words(at)
@@ -82,16 +82,16 @@ def test_texts_perplexities_and_differences_are_those_of_the_models(run):
     assert f"Perplexity **{generation.perplexity([t.log_prob for t in legal]):.2f}** under its own model. Parts from dense at token " \
            f"**{aligned.parts_at + 1}**; {int((~aligned.equal_b).sum())} of its tokens are not in the dense text." in said
     heads = [m.value for m in at.markdown if m.value.startswith("##### ")]
-    assert heads[:3] == ["##### Dense", "##### dpruner@legal", "##### random@legal"]
+    assert heads[:3] == ["##### Dense", "##### dpruner for legal", "##### random for legal"]
     html = shown(at)[1]
     assert html.count("title=") == 1 + 16 and html.count("border-bottom") == int((~aligned.equal_b).sum())
     bits = generation.surprisal([legal[0].log_prob])[0]
-    assert f"{bits:.2f} bits (p = {2 ** -bits:.3g}) to dpruner@legal" in html
+    assert f"{bits:.2f} bits (p = {2 ** -bits:.3g}) to dpruner for legal" in html
 
 
 def test_every_text_is_read_by_every_model(run):
-    table = go(opened(**{"generate-beside": ["random@legal"]})).dataframe[0].value
-    assert table.shape == (3, 4) and table["text written by"].tolist() == ["dense", "dpruner@legal", "random@legal"]
+    table = go(opened(**{"generate-beside": ["random for legal"]})).dataframe[0].value
+    assert table.shape == (3, 4) and table["text written by"].tolist() == ["dense", "dpruner for legal", "random for legal"]
     model, tokenizer = load_model(run.config["model"], device="cpu")
     ids = tokenizer(PROMPT).input_ids
     for written, row in zip((None, ("dpruner", "legal"), ("random", "legal")), table.itertuples(index=False), strict=True):
@@ -103,7 +103,7 @@ def test_every_text_is_read_by_every_model(run):
 
 def test_identical_is_said_in_words(run):
     at = go(opened(**{"sparsity": 0, "generate-beside": []}))   # nothing is removed: the same model
-    assert at.success[0].value == "**Identical:** dpruner@legal writes the very same tokens as dense."
+    assert at.success[0].value == "**Identical:** dpruner for legal writes the very same tokens as dense."
     assert "**Identical to dense.**" in words(at) and "masks cut from the run's ranks" in words(at)
     assert not go(opened(**{"generate-beside": []})).success
 
@@ -126,7 +126,7 @@ def test_sampling_uses_one_seed_for_all(run):
 def test_earlier_texts_stay_and_say_what_they_are_from(run):
     at = go(opened(**{"generate-beside": []}))
     at.session_state["generate-prompt"] = "Another"
-    assert "These texts are from earlier settings: dense and dpruner@legal at 50%, “The law of the land”." in words(calm(at.run()))
+    assert "These texts are from earlier settings: dense and dpruner for legal at 50%, “The law of the land”." in words(calm(at.run()))
     assert "Perplexity **" in words(at)
 
 
@@ -153,12 +153,12 @@ def test_what_cannot_be_generated_is_one_sentence_and_the_rest_goes_on(run):
     assert "dense: The prompt of 200 tokens is too long: the model takes 128 tokens" in at.error[0].value
     assert at.title[0].value == "Generate"
     run.path("ranks", "random", "legal").unlink()
-    at = go(opened(**{"sparsity": 30, "generate-beside": ["random@legal"]}))
-    assert [e.value for e in at.error] == ["random@legal: random can be shown at its own sparsity only: its scores exist only while it prunes, "
+    at = go(opened(**{"sparsity": 30, "generate-beside": ["random for legal"]}))
+    assert [e.value for e in at.error] == ["random for legal: random can be shown at its own sparsity only: its scores exist only while it prunes, "
                                            "so the run keeps no ranks; set the sparsity to 50%, or choose another method."]
     assert "Parts from dense" in words(at)
     run.path("masks", "random", "legal").write_bytes(b"no tensors")
-    at = go(opened(**{"generate-beside": ["random@legal"]}))
+    at = go(opened(**{"generate-beside": ["random for legal"]}))
     assert len(at.error) == 1 and "cannot be read" in at.error[0].value
 
 

@@ -58,7 +58,7 @@ def test_the_page_says_so(run):
         gap = gaps["dense"][text]
         assert f"that is **{100 * gap:+.1f} %** (95\u00a0%: {100 * gap.low:+.1f} to {100 * gap.high:+.1f}) against dense" in said
     (table,) = [d.value for d in page.dataframe if "against" in d.value]
-    assert list(table.against) == ["dpruner", "dpruner", "random", "random"] and set(table["magnitude@legal is"]) <= {"better", "worse", "inside the noise"}
+    assert list(table.against) == ["dpruner", "dpruner", "random", "random"] and set(table["magnitude for legal is"]) <= {"better", "worse", "inside the noise"}
 
 
 def test_a_run_whose_losses_are_gone_says_so_and_shows_the_rest(small, tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ run = selected.run
 
 
 def name_of(method: str, domain: str) -> str:
-    return f"{method}@{domain}"
+    return f"{method} for {domain}"
 
 
 def take_prompt() -> None:
@@ -56,10 +56,10 @@ def asked() -> dict:
                           help="The model continues it. Few small models follow instructions: give them the beginning of a text.")
     mine = name_of(selected.method, selected.domain)
     others = [name_of(*pair) for pair in data.pairs(run) if name_of(*pair) != mine]
-    first = [o for o in others if o.startswith(f"{selected.method}@")][:1]
+    first = [o for o in others if o.startswith(f"{selected.method} for ")][:1]
     st.session_state["generate-beside"] = [o for o in st.session_state.get("generate-beside", first) if o in others]
     beside = st.multiselect(f"Beside dense and {mine}", others, key="generate-beside", bind="query-params",
-                            help="Method @ domain it was pruned for. The one of the sidebar is always shown; its sparsity holds for all.")
+                            help="The one of the sidebar is always shown; its sparsity holds for all.")
     how, length, *more = st.columns([2, 2, 1, 1, 1])
     sampling = how.segmented_control(
         "Choice of tokens", ["Greedy", "Sampling"], default="Greedy", key="generate-how", bind="query-params", required=True,
@@ -142,7 +142,7 @@ def using(wanted: dict, name: str, area):
 
 
 def split(name: str) -> tuple[str, str]:
-    method, _, domain = name.partition("@")
+    method, _, domain = name.partition(" for ")
     return method, domain
 
 

@@ -24,7 +24,7 @@ selected = state.selection()
 if selected is None:
     st.stop()
 run, method, domain = selected.run, selected.method, selected.domain
-mine = f"{method}@{domain}"
+mine = f"{method} for {domain}"
 if not data.own_masks(run, selected.sparsity):
     st.caption(f"What was measured belongs to the run's own masks, at {run.config['sparsity']:.0%} sparsity; "
                "the slider at the left changes nothing here.")
