@@ -96,6 +96,12 @@ def level_line(y: float, start: float, stop: float, name: str, colour: str) -> g
                       line={"color": colour, "dash": "dash", "width": 1.5}, hovertemplate=f"{plain(name)}: %{{y:.4g}}<extra></extra>")
 
 
+def error_bars(values, low, high) -> dict:
+    """Unequal error bars from the bounds of intervals; none where a bound is not known."""
+    return {"type": "data", "symmetric": False, "array": np.nan_to_num(np.asarray(high - values, dtype=np.float64)).clip(0),
+            "arrayminus": np.nan_to_num(np.asarray(values - low, dtype=np.float64)).clip(0), "thickness": 2}
+
+
 def columns(*values) -> np.ndarray:
     """Customdata: one row for each point, as objects, so that numbers stay numbers beside text."""
     table = np.empty((len(values[0]), len(values)), dtype=object)

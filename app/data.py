@@ -19,6 +19,7 @@ from dpruner.store import Run
 LARGE = 500_000_000   # weights beyond which reading every rank takes more than a moment
 
 
+HALF_TEXT = {"halves": "Half text: two domains", "ceiling": "Half text: same domain"}   # columns
 TABLES = ("status.json", "run.json", "metrics.parquet", "losses.parquet", "stats.parquet")
 
 
@@ -310,7 +311,7 @@ def quality(metrics: pd.DataFrame) -> pd.DataFrame:
 def _summary(folder: str, when: float) -> dict:
     found = report.summary(Run(folder))
     alike = [{"Domains": " · ".join(s["domains"]), "Method": s["method"], "Random": f"{s['floor']:.3f}", "Jaccard": f"{s['jaccard']:.3f}",
-              "Same domain": f"{s['ceiling']:.3f}" if s["ceiling"] is not None else "–"}
+              **{name: "–" if s[key] is None else f"{s[key]:.3f}" for key, name in HALF_TEXT.items()}}
              for s in found["similarity"] if s["method"] != "random" and s["jaccard"] < 1]   # others say nothing: random, or the same mask for all
     return {"labels": list(dict.fromkeys(r["domain"] for r in found["rows"])), "lambda": found["lambda"],
             "similarity": pd.DataFrame(alike), "perplexity": quality(Run(folder).metrics())}

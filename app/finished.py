@@ -35,9 +35,9 @@ def latest(run: Run) -> None:
         st.caption("There is nothing to compare: it takes two domains, and a method that regards them.")
     else:
         st.dataframe(found["similarity"], hide_index=True, key="run-similarity")
-        st.caption("Weights that both masks keep, of those that either keeps. *Random*: what two random masks share. *Same domain*: what "
-                   "masks from two halves of one domain's text share. Between these two lies what can be said of domains; at or above "
-                   "*Same domain*, masks of two domains differ no more than two samples of one domain's text.")
+        st.caption("Weights that both masks keep, of those that either keeps. *Random*: what two random masks share. *Half text*: "
+                   "masks made from half of the text each, of two domains and of the two halves of one domain. Less text makes a mask "
+                   "noisier, so these two compare on equal terms: the lower the first beside the second, the more the domains differ.")
     if found["lambda"]:
         st.markdown("λ, the weight of general importance, changed " + ", ".join(
             f"**{c['changed'] / c['of']:.2%}** of the mask decisions for {domain}" for domain, c in found["lambda"].items()) + ".")

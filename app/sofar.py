@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pandas as pd
 import streamlit as st
 
-from analysis import comparisons, heads, similarity
+from analysis import alike, heads, similarity
 from analysis.chart import Chart, listed
 from app import data, widgets
 from dpruner import RunConfig, store
@@ -129,35 +129,40 @@ def _found(folder: str, files: tuple[tuple[str, float], ...]) -> Found | None:
     if not metrics:
         return None
     metrics = pd.concat(metrics, ignore_index=True)
-    alike = pairs(run, config, first, metrics)
-    charts = {"heads": heads.head_squares(shares, labels, first), "pairs": comparisons.pair_dots(alike) if len(alike) else None}
+    found = pairs(run, config, first)
+    charts = {"heads": heads.head_squares(shares, labels, first), "pairs": alike.pair_dots(found) if len(found) else None}
     changed = [f"**{r.value / r.n:.2%}** of the decisions for {r.domain}"
                for r in metrics[metrics.metric == "decisions changed by λ"].itertuples()]
     return Found({key: made for key, made in charts.items() if made is not None}, data.quality(metrics).fillna("…"),
                  f"The general importance, weighed by λ, changed {listed(changed)}." if changed else "")
 
 
-def pairs(run: Run, config: RunConfig, method: str, metrics: pd.DataFrame) -> pd.DataFrame:
+def pairs(run: Run, config: RunConfig, method: str) -> pd.DataFrame:
     """Masks that are there, two and two: the domains of one method, and that method beside the others for the first domain.
 
     Returns:
-        As `analysis.similarity.pairs`, with a column ceiling; empty for models so large that counting would hold up the run.
+        As `analysis.similarity.pairs`, with columns ceiling and halves, NaN until the masks of halves are there; empty for models so large
+        that counting would hold up the run.
     """
-    ceilings = metrics[(metrics.metric == "jaccard ceiling") & (metrics.method == method)].groupby("domain").value.mean()
     labels = labels_of(config)
     wanted = [((a, method, a), (b, method, b)) for i, a in enumerate(labels) for b in labels[i + 1:]]
     wanted += [((labels[0], method, labels[0]), (f"the same by {other}", other, labels[0])) for other in config.methods if other != method]
     found = []
     for pair in wanted:
-        known = ceilings.reindex([label for _, _, label in pair]).mean() if pair[1][1] == method else float("nan")
+        cut = [(of, f"{label}~{n}") for _, of, label in pair for n in (1, 2)] if pair[1][1] == method else []
         with contextlib.suppress(InputError, OSError):   # deleted or damaged meanwhile
-            files = [data.mask_stamp(run, of, label, own=True) for _, of, label in pair]
-            if None in files or any(Path(file).stat().st_size > data.LARGE / 8 for file, _ in files):
+            whole, halves = ([data.mask_stamp(run, of, label, own=True) for of, label in some]
+                             for some in ([(of, label) for _, of, label in pair], cut))
+            if None in whole or any(Path(file).stat().st_size > data.LARGE / 8 for file, _ in whole):
                 continue
-            found.append(_pair(tuple((name, file) for (name, _, _), file in zip(pair, files, strict=True))).assign(ceiling=known))
+            found.append(_pair(tuple(name for name, _, _ in pair), tuple(whole), () if None in halves else tuple(halves)))
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
 
 @st.cache_data(max_entries=128, show_spinner=False)
-def _pair(files: tuple[tuple[str, tuple[str, float]], ...]) -> pd.DataFrame:
-    return similarity.pairs(similarity.count_masks({name: Path(file) for name, (file, _) in files}))
+def _pair(names: tuple[str, str], whole: tuple[tuple[str, float], ...], halves: tuple[tuple[str, float], ...]) -> pd.DataFrame:
+    found = similarity.pairs(similarity.count_masks({name: Path(file) for name, (file, _) in zip(names, whole, strict=True)}))
+    if not halves:
+        return found.assign(ceiling=float("nan"), halves=float("nan"))
+    shared = similarity.halves(similarity.count_masks({str(n): Path(file) for n, (file, _) in enumerate(halves)}))["model"]
+    return found.assign(ceiling=shared.same[0, 1], halves=shared.other[0, 1])

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import itertools
 import math
 import platform
 import time
@@ -475,15 +476,20 @@ def both_sides(job: Job, label: str, S: DomainImportance) -> pd.DataFrame:
 
 
 def similarities(run: Run, config: RunConfig, labels: list[str]) -> pd.DataFrame:
-    """Jaccard similarity of every two domains' masks, with what two random masks of these counts would share."""
+    """Jaccard similarity of every two domains' masks, with what two random masks of these counts would share.
+
+    Where there are masks of the halves of the domains' texts, "jaccard halves" is the mean over the four pairs of a half of one domain and a
+    half of the other: it compares with "jaccard ceiling", whose masks come from as much text.
+    """
     found = []
-    for method in config.methods:
-        for i, a in enumerate(labels):
-            for b in labels[i + 1:]:
-                one, other = (store.LazyMasks(run.path("masks", method, label)) for label in (a, b))
-                size = sum(math.prod(shape) for shape in one.shapes.values())
-                found += [exact(method, a, b, "jaccard", jaccard(one, other), size),
-                          exact(method, a, b, "jaccard floor", jaccard_floor(one, other), size)]
+    for method, (a, b) in itertools.product(config.methods, itertools.combinations(labels, 2)):
+        one, other = (store.LazyMasks(run.path("masks", method, label)) for label in (a, b))
+        size = sum(math.prod(shape) for shape in one.shapes.values())
+        found += [exact(method, a, b, "jaccard", jaccard(one, other), size),
+                  exact(method, a, b, "jaccard floor", jaccard_floor(one, other), size)]
+        if wants_halves(config) and method in HALVED:
+            halves = [[store.LazyMasks(run.path("masks", method, f"{label}~{n}")) for n in (1, 2)] for label in (a, b)]
+            found.append(exact(method, a, b, "jaccard halves", sum(jaccard(*pair) for pair in itertools.product(*halves)) / 4, size))
     return rows(*found)
 
 

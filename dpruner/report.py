@@ -1,6 +1,8 @@
 """A finished run as a small table of its figures, for people and for programs."""
 
+import itertools
 from collections.abc import Iterator, Sequence
+from statistics import fmean
 
 from dpruner.errors import InputError
 from dpruner.masks import jaccard, jaccard_floor
@@ -39,8 +41,9 @@ def similarity(run: Run, methods: Sequence[str] | None = None, domains: Sequence
         matrices: for each matrix by itself, counted from the masks; else for the whole model, from the run's table.
 
     Returns:
-        One dict for each method and pair of domains: "method", "domains", "jaccard", "floor" (what random masks share), "ceiling" (the mean of
-        what two halves of each domain's text share; None where the run took no halves), and "matrix".
+        One dict for each method and pair of domains: "method", "domains", "jaccard", "floor" (what random masks share), "halves" and "ceiling"
+        (masks from half the text each: what those of the two domains share, and those of one, the mean of both; None where the run took no
+        halves), and "matrix".
 
     Raises:
         InputError: the run has no such method or domain, or no two domains.
@@ -57,8 +60,10 @@ def similarity(run: Run, methods: Sequence[str] | None = None, domains: Sequence
     if matrices:
         return [row for r in told.itertuples() for row in _by_matrix(run, r.method, r.domain, r.text)]
     floors = table[table.metric == "jaccard floor"].set_index(["method", "domain", "text"]).value
+    halves = table[table.metric == "jaccard halves"].set_index(["method", "domain", "text"]).value
     ceilings = table[table.metric == "jaccard ceiling"].set_index(["method", "domain"]).value
     return [{"method": r.method, "domains": [r.domain, r.text], "jaccard": r.value, "floor": floors[r.method, r.domain, r.text],
+             "halves": halves.get((r.method, r.domain, r.text)),
              "ceiling": float(ceilings.reindex([(r.method, r.domain), (r.method, r.text)]).mean()) if r.method in ceilings else None}
             for r in told.itertuples()]
 
@@ -66,9 +71,10 @@ def similarity(run: Run, methods: Sequence[str] | None = None, domains: Sequence
 def _by_matrix(run: Run, method: str, a: str, b: str) -> Iterator[dict]:
     one, other = (LazyMasks(run.path("masks", method, domain)) for domain in (a, b))
     paths = [[run.path("masks", method, f"{domain}~{half}") for half in (1, 2)] for domain in (a, b)]
-    halves = [[LazyMasks(path) for path in of] for of in paths if all(path.is_file() for path in of)]
+    halves = [[LazyMasks(path) for path in of] for of in paths] if all(path.is_file() for of in paths for path in of) else []
     for name in one:
         pair = {name: one[name]}, {name: other[name]}
-        ceilings = [jaccard(*({name: half[name]} for half in of)) for of in halves]
+        cut = [[{name: half[name]} for half in of] for of in halves]
         yield {"method": method, "domains": [a, b], "matrix": name, "jaccard": jaccard(*pair), "floor": jaccard_floor(*pair),
-               "ceiling": sum(ceilings) / len(ceilings) if ceilings else None}
+               "halves": fmean(jaccard(*two) for two in itertools.product(*cut)) if cut else None,
+               "ceiling": fmean(jaccard(*of) for of in cut) if cut else None}

@@ -44,15 +44,15 @@ def _add_run_row(table: Table, figure, row: dict) -> None:
 
 def show_similarity(similarity: list[dict], console: Console) -> None:
     """How alike the masks of two domains are, for each method, and for each matrix where they are given."""
-    masks = Table(box=box.SIMPLE_HEAD, title="Similarity of the domains' masks", caption="Jaccard: weights both keep, of those either keeps; between what two\n"
-                  "random masks share and what two halves of the same domain's text share.")
+    masks = Table(box=box.SIMPLE_HEAD, title="Similarity of the domains' masks", caption="Jaccard: weights both keep, of those either keeps; random: what two random\nmasks share; halves: masks from half the text each, of the two domains,\n"
+                  "and of the two halves of one.")
     for name in ("method", "domains", *(["matrix"] if any("matrix" in s for s in similarity) else [])):
         masks.add_column(name)
-    for name in ("random", "Jaccard", "same domain"):
+    for name in ("random", "Jaccard", "halves: two", "one"):
         masks.add_column(name, justify="right")
     for s in similarity:
         masks.add_row(s["method"], " · ".join(s["domains"]), *([s["matrix"]] if "matrix" in s else []), f"{s['floor']:.4f}", f"{s['jaccard']:.4f}",
-                      f"{s['ceiling']:.4f}" if s["ceiling"] is not None else "–")
+                      *("–" if s[k] is None else f"{s[k]:.4f}" for k in ("halves", "ceiling")))
     console.print(masks)
 
 

@@ -18,7 +18,7 @@ from families import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis import chart, comparisons, figures, generation, glance, matrices, overlap, similarity, sparsity, tiles
+from analysis import alike, chart, comparisons, figures, generation, glance, matrices, overlap, similarity, sparsity, tiles
 from dpruner.errors import InputError
 from dpruner.evaluate import bootstrap_ratio
 from dpruner.masks import jaccard, jaccard_floor, make_masks, rank_bins, ranked
@@ -39,7 +39,7 @@ def random_ranks(shape, seed=0):
     return rank_bins(torch.rand(shape, generator=torch.Generator().manual_seed(seed))).numpy()
 
 
-def alike(ranks, seed, noise=0.3):
+def resembling(ranks, seed, noise=0.3):
     """Ranks of scores that resemble others."""
     generator = torch.Generator().manual_seed(seed)
     return rank_bins(torch.from_numpy(ranks).float() / 256 + noise * torch.rand(ranks.shape, generator=generator)).numpy()
@@ -223,7 +223,7 @@ def test_gini_is_half_the_relative_mean_difference(values):
 
 
 def test_the_curve_of_spread_is_the_spread_at_each_sparsity():
-    ranks = alike(np.sort(random_ranks((24, 32)), axis=0), 1)
+    ranks = resembling(np.sort(random_ranks((24, 32)), axis=0), 1)
     found = sparsity.spread_curve(sparsity.part_histogram(ranks)).set_index("sparsity")
     for k in (1, 100, 128, 255):
         expected = sparsity.spread(sparsity.kept_parts(ranks, k / 256), 32)
@@ -299,7 +299,7 @@ def test_edges_that_are_none_are_refused():
 @given(rows=st.integers(1, 30), columns=st.integers(1, 30), a=st.integers(0, 256), b=st.integers(0, 256), c=st.integers(0, 256))
 def test_the_joint_histogram_knows_all_overlaps(rows, columns, a, b, c):
     one, third = random_ranks((rows, columns), 1), random_ranks((rows, columns), 3)
-    two = alike(one, 2)
+    two = resembling(one, 2)
     histogram = overlap.joint_histogram(torch.from_numpy(one), two)
     brute = np.zeros((256, 256), dtype=int)
     for x, y in zip(one.reshape(-1), two.reshape(-1), strict=True):
@@ -320,7 +320,7 @@ def test_the_joint_histogram_knows_all_overlaps(rows, columns, a, b, c):
 
 def test_the_curve_of_overlap_is_that_of_the_masks_at_each_sparsity():
     one = random_ranks((32, 64), 1)
-    two = alike(one, 2)
+    two = resembling(one, 2)
     found = overlap.curve(overlap.joint_histogram(one, two)).set_index("sparsity")
     assert len(found) == 256
     for k in (0, 1, 100, 128, 255):
@@ -338,7 +338,7 @@ def test_the_curve_of_overlap_is_that_of_the_masks_at_each_sparsity():
 @given(st.integers(2, 60), st.integers(0, 5))
 def test_rank_correlation_is_spearmans(size, seed):
     one = random_ranks((size,), seed)
-    two = alike(one, seed + 1)
+    two = resembling(one, seed + 1)
     histogram = overlap.joint_histogram(one, two)
     assert overlap.spearman(histogram) == pytest.approx(scipy.stats.spearmanr(one, two).statistic, abs=1e-9)
     assert overlap.spearman(overlap.joint_histogram(one, one)) == pytest.approx(1)
@@ -356,7 +356,7 @@ def test_binned_rank_correlation_is_that_of_the_scores():
 
 def test_overlap_of_every_matrix_and_of_their_sums(tmp_path):
     one = {n: torch.from_numpy(random_ranks((16, 32), i)) for i, n in enumerate(names())}
-    two = {n: torch.from_numpy(alike(r.numpy(), 7)) for n, r in one.items()}
+    two = {n: torch.from_numpy(resembling(r.numpy(), 7)) for n, r in one.items()}
     for label, ranks in (("a", one), ("b", two)):
         write_tensors(tmp_path / f"{label}.safetensors", ranks)
     histograms = dict(overlap.joint_histograms(tmp_path / "a.safetensors", tmp_path / "b.safetensors"))
@@ -413,6 +413,38 @@ def test_streamed_counts_are_those_of_the_masks(mask_files):
     assert (counts.weights == 6 * 13).all()
     fewer = counts.only(["c", "a"])
     assert fewer.labels == ("c", "a") and np.array_equal(fewer.both[:, 0, 1], counts.both[:, 2, 0])
+
+
+def test_halves_compare_domains_on_equal_terms():
+    masks = {f"{d}~{n}": random_masks(10 * i + n) for i, d in enumerate("abc") for n in (1, 2)}
+    counts = similarity.count_dense(masks)
+
+    def shared(one, other, chosen):
+        a, b = (torch.cat([masks[m][n].reshape(-1) for n in chosen]) for m in (one, other))
+        return float((a & b).sum() / (a | b).sum())
+
+    for group, members in matrices.groups(names(), "module").items():
+        found = similarity.halves(counts, by="module")[group]
+        for (i, a), (j, b) in itertools.product(enumerate("abc"), repeat=2):
+            assert found.same[i, j] == pytest.approx((shared(f"{a}~1", f"{a}~2", members) + shared(f"{b}~1", f"{b}~2", members)) / 2)
+            assert i == j or found.other[i, j] == pytest.approx(
+                np.mean([shared(f"{a}~{n}", f"{b}~{m}", members) for n, m in itertools.product((1, 2), repeat=2)]))
+    whole, table = similarity.halves(counts)["model"], similarity.apart(counts)
+    for r in table.itertuples():
+        assert r.gap == pytest.approx(whole.same[r.i, r.j] - whole.other[r.i, r.j]) and r.low <= r.gap <= r.high
+    assert len(table) == 3 and similarity.apart(counts.within(names()[:1])).low.isna().all()
+
+
+def test_domains_that_differ_are_told_from_domains_that_do_not():
+    base = {n: torch.rand(24, 32, generator=torch.Generator().manual_seed(i)) for i, n in enumerate(names())}
+
+    def half(domain, n, shift):   # every half is noisy; a domain adds something of its own that both of its halves have
+        own, noise = ({m: torch.rand(24, 32, generator=torch.Generator().manual_seed(1000 * seed + i)) for i, m in enumerate(names())}
+                      for seed in (domain + 1, 10 * domain + n + 5))
+        return make_masks({m: base[m] + shift * own[m] + 0.5 * noise[m] for m in names()}, 0.5, "matrix")
+
+    apart, together = (similarity.apart(similarity.count_dense({f"{d}~{n}": half(d, n, shift) for d in range(3) for n in (1, 2)})) for shift in (0.5, 0))
+    assert (apart.low > 0).all() and not (together.low > 0).all() and together.gap.abs().max() < 0.02 < apart.gap.min()
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 8), (9, 64), (3, 65), (40, 127)])
@@ -592,18 +624,23 @@ def layer_table(seed=0):
 
 
 def spread_table():
-    ranks = {n: alike(np.sort(random_ranks((16, 32), i), axis=0), i) for i, n in enumerate(names())}
+    ranks = {n: resembling(np.sort(random_ranks((16, 32), i), axis=0), i) for i, n in enumerate(names())}
     return sparsity.rank_spread(ranks.items(), 0.5)
 
 
 def histogram(seed=0):
     one = random_ranks((64, 64), seed)
-    return overlap.joint_histogram(one, alike(one, seed + 1))
+    return overlap.joint_histogram(one, resembling(one, seed + 1))
 
 
 def some_counts():
     masks = {label: random_masks(i) for i, label in enumerate(("legal", "health", "code"))}
     return similarity.count_dense(masks | {"legal too": {n: m | (torch.arange(13) < 3) for n, m in masks["legal"].items()}})
+
+
+def cut(n, same, other):
+    """What masks of half the text share, the same for every pair."""
+    return similarity.Halves(np.full((n, n), same), np.full((n, n), other))
 
 
 def some_pairs():
@@ -652,13 +689,13 @@ CHARTS = {
     "tile of one mask": lambda: tiles.mask_tile(random_masks()[names()[0]], None, ("general",), "a matrix"),
     "overview": lambda: tiles.mask_overview(*glance.cell_shares(random_masks(shape=(64, 80))[names()[0]].numpy(), 8), title="T",
                                             quantity="q", how="H", frame=(0, 7, 0, 9)),
-    "similarity": lambda: comparisons.similarity_heatmap(similarity.similarity(some_counts())["model"], some_counts().labels, 1 / 3, 0.95),
-    "similarity by module": lambda: comparisons.similarity_grid(
+    "similarity": lambda: alike.similarity_heatmap(similarity.similarity(some_counts())["model"], some_counts().labels, 1 / 3, cut(4, 0.95, 0.9)),
+    "similarity by module": lambda: alike.similarity_grid(
         similarity.similarity(some_counts(), by="module"), some_counts().labels, "module"),
-    "pairs": lambda: comparisons.pair_dots(some_pairs(), 0.95),
-    "corrected pairs": lambda: comparisons.pair_dots(some_pairs(), measure="corrected"),
-    "pairs with their own ceilings": lambda: comparisons.pair_dots(some_pairs().assign(ceiling=[0.9, 0.95, np.nan, 0.9, 0.92, np.nan])),
-    "map": lambda: comparisons.domain_map(*similarity.domain_points(similarity.similarity(some_counts())["model"], some_counts().labels)),
+    "pairs": lambda: alike.pair_dots(some_pairs().assign(ceiling=0.95, halves=0.9)),
+    "corrected pairs": lambda: alike.pair_dots(some_pairs(), measure="corrected"),
+    "pairs with their own ceilings": lambda: alike.pair_dots(some_pairs().assign(ceiling=[0.9, 0.95, np.nan, 0.9, 0.92, np.nan], halves=[0.8, 0.9, np.nan, 0.8, 0.8, np.nan])),
+    "map": lambda: alike.domain_map(*similarity.domain_points(similarity.similarity(some_counts())["model"], some_counts().labels)),
     "quality by method": lambda: comparisons.quality(some_quality()),
     "quality by sparsity": lambda: comparisons.quality(some_quality("sparsity"), "sparsity", "method"),
     "tokens": lambda: comparisons.token_strip(some_tokens(), "dense"),
@@ -797,43 +834,47 @@ def test_an_overview_says_which_rectangle_is_clicked():
 def test_similarity_figures_show_the_matrix_its_floor_and_its_ceiling():
     counts = some_counts()
     matrix, labels = similarity.similarity(counts)["model"], counts.labels
-    found = comparisons.similarity_heatmap(matrix, labels, similarity.floor(counts)["model"], 0.95)
+    found = alike.similarity_heatmap(matrix, labels, similarity.floor(counts)["model"], cut(4, 0.95, 0.9))
     shown = {(a, b): v for a, b, v, *_ in targets(found)[0]}
     assert shown == {(a, b): matrix[i, j] for i, a in enumerate(labels) for j, b in enumerate(labels)}
     at = similarity.order(matrix)
     assert np.array_equal(found.figure.data[0].z, matrix[np.ix_(at, at)])
     assert list(found.figure.layout.xaxis.ticktext) == [labels[i] for i in at]
     lines = sorted(s.y0 for s in found.figure.layout.shapes)
-    assert lines == pytest.approx([found.table["floor"].mean(), 0.95])
+    assert lines == pytest.approx([found.table["floor"].mean(), 0.9, 0.95])
+    assert set(found.table["ceiling"]) == {0.95} and set(found.table["halves"]) == {0.9} and "0.950, of two 0.900" in found.alt
     assert sorted(found.figure.data[-1].y) == pytest.approx(sorted(found.table["jaccard"]))
-    own = np.full(matrix.shape, np.nan)
-    own[0, 1] = own[1, 0] = 0.9
-    assert max(s.y0 for s in comparisons.similarity_heatmap(matrix, labels, 1 / 3, own).figure.layout.shapes) == pytest.approx(0.9)
+    own = [np.full(matrix.shape, np.nan) for _ in range(2)]
+    for side, value in zip(own, (0.9, 0.8), strict=True):
+        side[0, 1] = side[1, 0] = value
+    shapes = alike.similarity_heatmap(matrix, labels, 1 / 3, similarity.Halves(*own)).figure.layout.shapes
+    assert sorted(s.y0 for s in shapes) == pytest.approx([1 / 3, 0.8, 0.9])
 
     modules = similarity.similarity(counts, by="module")
-    grid = comparisons.similarity_grid(modules, labels, "module")
+    grid = alike.similarity_grid(modules, labels, "module")
     shown = {(g, a, b): v for carried in targets(grid) for g, a, b, v in carried}
     assert shown == {(g, a, b): m[i, j] for g, m in modules.items() for i, a in enumerate(labels) for j, b in enumerate(labels) if i != j}
 
     pairs = some_pairs()
-    dots = comparisons.pair_dots(pairs, 0.95)
-    marks = dots.figure.data[-1]
+    dots = alike.pair_dots(pairs.assign(ceiling=0.95, halves=pairs["jaccard"] - 0.02))
+    marks, open_marks = dots.figure.data[-1], dots.figure.data[-2]
+    assert np.allclose(open_marks.x, marks.x - 0.02) and list(open_marks.y) == list(marks.y) and open_marks.marker.symbol == "circle-open"
     assert np.array_equal(marks.x, np.sort(pairs["jaccard"])) and np.allclose(marks.x + marks.error_x.array, dots.table["high"])
     assert np.allclose(marks.x - marks.error_x.arrayminus, dots.table["low"])
     floors = next(t for t in dots.figure.data if t.name == "random masks")   # these masks keep different shares: each pair has its own
     assert np.array_equal(floors.x, dots.table["floor"])
     assert [s.x0 for s in dots.figure.layout.shapes] == pytest.approx([0.95])
-    shared = comparisons.pair_dots(pairs.assign(floor=1 / 3), 0.95)
+    shared = alike.pair_dots(pairs.assign(floor=1 / 3, ceiling=0.95))
     assert [s.x0 for s in shared.figure.layout.shapes] == pytest.approx([1 / 3, 0.95])
 
 
 def test_maps_tokens_qualities_and_sizes_show_their_tables():
     points, shown = similarity.domain_points(similarity.similarity(some_counts())["model"], some_counts().labels)
-    found = comparisons.domain_map(points.assign(group=["a", "a", "b", "b"]), shown)
+    found = alike.domain_map(points.assign(group=["a", "a", "b", "b"]), shown)
     drawn = {label: (x, y) for t in found.figure.data for (label,), x, y in zip(t.customdata, t.x, t.y, strict=True)}
     assert drawn == {r.label: (r.x, r.y) for r in points.itertuples()}
     crowd = pd.DataFrame({"label": list("abc"), "x": [0.0, 0.001, 1.0], "y": [0.0, 0.0, 0.0]})
-    assert list(comparisons.domain_map(crowd, 1.0).figure.data[0].text) == ["a and 1 more", "", "c"]
+    assert list(alike.domain_map(crowd, 1.0).figure.data[0].text) == ["a and 1 more", "", "c"]
 
     tokens = some_tokens()
     strip = comparisons.token_strip(tokens, "dense").figure.data[0]
@@ -866,12 +907,12 @@ def test_what_cannot_be_informative_is_not_drawn():
     assert figures.overlap_heatmap(overlap.overlap_table(dict.fromkeys(names(), same), 0.5), "a", "b") is None
     assert figures.plane(np.zeros((256, 256), int), 0.5, 0.5, "a", "b", "a matrix") is None
     assert tiles.mask_overview(np.full((4, 4), 0.5), np.arange(5), np.arange(5), title="T", quantity="q", how="H") is None
-    assert comparisons.similarity_heatmap(np.ones((3, 3)), list("abc"), 1 / 3) is None
-    assert comparisons.similarity_heatmap(np.eye(1), ["a"], 1 / 3) is None
-    assert comparisons.similarity_grid({"x": np.ones((3, 3)), "y": np.ones((3, 3))}, list("abc"), "module") is None
-    assert comparisons.pair_dots(some_pairs().assign(jaccard=1.0)) is None and comparisons.pair_dots(some_pairs().head(0)) is None
-    assert comparisons.domain_map(*similarity.domain_points(np.ones((4, 4)), "abcd")) is None
-    assert comparisons.domain_map(*similarity.domain_points(np.eye(2), "ab")) is None
+    assert alike.similarity_heatmap(np.ones((3, 3)), list("abc"), 1 / 3) is None
+    assert alike.similarity_heatmap(np.eye(1), ["a"], 1 / 3) is None
+    assert alike.similarity_grid({"x": np.ones((3, 3)), "y": np.ones((3, 3))}, list("abc"), "module") is None
+    assert alike.pair_dots(some_pairs().assign(jaccard=1.0)) is None and alike.pair_dots(some_pairs().head(0)) is None
+    assert alike.domain_map(*similarity.domain_points(np.ones((4, 4)), "abcd")) is None
+    assert alike.domain_map(*similarity.domain_points(np.eye(2), "ab")) is None
     assert comparisons.quality(some_quality().head(2)) is None
     assert comparisons.token_strip(generation.token_table([], []), "x") is None
     assert comparisons.bytes_bars(some_bytes().head(0)) is None
@@ -879,7 +920,7 @@ def test_what_cannot_be_informative_is_not_drawn():
 
 def test_a_users_words_are_words_and_no_markup():
     table = some_pairs().assign(a="<b>x</b> & co")
-    text = comparisons.pair_dots(table, 0.95).figure.data[-1].y[0]
+    text = alike.pair_dots(table.assign(ceiling=0.95)).figure.data[-1].y[0]
     assert text.startswith("&lt;b&gt;x&lt;/b&gt; &amp; co")
     assert chart.listed(["a"]) == "a" and chart.listed("abc") == "a, b and c" and chart.listed(range(12)).endswith("and 4 more")
     assert chart.percent(math.nan) == "unknown" and chart.percent(1 / 3) == "33.3 %" and chart.number(12345.0) == "12,345"
@@ -902,5 +943,5 @@ def test_matrices_of_a_large_model_fit_into_a_page():
         assert len(one.figure.to_json()) < LIMIT
     masks = {f"method {i} for domain {j}": {n: generator.random((4, 8)) < 0.5 for n in names(32)} for i in range(4) for j in range(4)}
     many = similarity.count_dense(masks)
-    grid = comparisons.similarity_grid(similarity.similarity(many, by="block"), many.labels, "layer")
+    grid = alike.similarity_grid(similarity.similarity(many, by="block"), many.labels, "layer")
     assert len(grid.figure.to_json()) < LIMIT

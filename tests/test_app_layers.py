@@ -1,22 +1,18 @@
 """The page Layers: its numbers against counting by hand, at the run's sparsity and others; what it says where something is missing."""
 
-import base64
-import json
 import math
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pages
 import pytest
-from streamlit.testing.v1 import AppTest
+from pages import cells, figure, shown, words
 
 from analysis.matrices import split_name
 from analysis.sparsity import importance_kept
 from app import state
 from dpruner.store import Run
-
-MAIN = str(Path(__file__).parents[1] / "app" / "main.py")
 
 
 @pytest.fixture
@@ -27,35 +23,8 @@ def run(small, tmp_path, monkeypatch) -> Run:
     return Run(tmp_path / "runs" / small.run.id)
 
 
-def opened(**session) -> AppTest:
-    """The page, drawn with these widget values."""
-    page = AppTest.from_file(MAIN, default_timeout=30)
-    page.switch_page("views/layers.py")
-    for key, value in session.items():
-        page.session_state[key.replace("layers_", "layers-")] = value
-    return page.run()
-
-
-def figure(page: AppTest, key: str) -> dict:
-    """The Plotly figure that stands under a key."""
-    return next(json.loads(e.proto.spec) for e in page.get("plotly_chart") if e.proto.id.endswith(key))
-
-
-def shown(values) -> np.ndarray:
-    """An array as Plotly writes it."""
-    if not isinstance(values, dict):
-        return np.array(values)
-    flat = np.frombuffer(base64.b64decode(values["bdata"]), np.dtype(values["dtype"]))
-    return flat.reshape([int(n) for n in values["shape"].split(",")]) if "shape" in values else flat
-
-
-def cells(made: dict) -> dict[tuple[int, str], float]:
-    """{(block, module): value} that a chart of layers and modules gives to hover and click."""
-    return {(block, module): value for block, module, value in made["data"][1]["customdata"]}
-
-
-def words(page: AppTest) -> str:
-    return "\n".join(e.value for kind in (page.markdown, page.caption, page.info, page.error) for e in kind)
+def opened(**session):
+    return pages.opened("layers", **session)
 
 
 def times_chance(kept: np.ndarray) -> float:

@@ -1,15 +1,14 @@
 """The page Overlap: its numbers against counting by hand, the brush, both thresholds; what it says where something is missing."""
 
-import base64
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
+import pages
 import pytest
 import torch
+from pages import cells, figure, shown, words
 from scipy.stats import spearmanr
-from streamlit.testing.v1 import AppTest
 
 from analysis import overlap, weighing
 from analysis.matrices import split_name
@@ -19,7 +18,6 @@ from dpruner.formulas import balanced
 from dpruner.masks import Scores, ranked
 from dpruner.store import Run
 
-MAIN = str(Path(__file__).parents[1] / "app" / "main.py")
 MATRIX = "model.layers.1.mlp.up_proj.weight"
 
 
@@ -31,35 +29,8 @@ def run(small, tmp_path, monkeypatch) -> Run:
     return Run(tmp_path / "runs" / small.run.id)
 
 
-def opened(domain="legal", block=1, module="mlp.up_proj", **session) -> AppTest:
-    """The page, drawn with these widget values."""
-    page = AppTest.from_file(MAIN, default_timeout=30)
-    page.switch_page("views/overlap.py")
-    for key, value in {"domain": domain, "block": block, "module": module, **session}.items():
-        page.session_state[key.replace("_", "-")] = value
-    return page.run()
-
-
-def figure(page: AppTest, key: str) -> dict:
-    """The Plotly figure that stands under a key."""
-    return next(json.loads(e.proto.spec) for e in page.get("plotly_chart") if e.proto.id.endswith(key))
-
-
-def shown(values) -> np.ndarray:
-    """An array as Plotly writes it."""
-    if not isinstance(values, dict):
-        return np.array(values)
-    flat = np.frombuffer(base64.b64decode(values["bdata"]), np.dtype(values["dtype"]))
-    return flat.reshape([int(n) for n in values["shape"].split(",")]) if "shape" in values else flat
-
-
-def cells(made: dict) -> dict[tuple[int, str], float]:
-    """{(block, module): value} that a chart of layers and modules gives to hover and click."""
-    return {(block, module): value for block, module, value in made["data"][1]["customdata"]}
-
-
-def words(page: AppTest) -> str:
-    return "\n".join(e.value for kind in (page.markdown, page.caption, page.info, page.error) for e in kind)
+def opened(domain="legal", block=1, module="mlp.up_proj", **session):
+    return pages.opened("overlap", domain=domain, block=block, module=module, **session)
 
 
 def sides(run: Run, *which: str) -> list[dict[str, np.ndarray]]:

@@ -100,7 +100,8 @@ def test_the_newest_finished_run_is_summed_up(runs, small):
     assert shown == f"{row['value']:.0f} ({row['low']:.0f} to {row['high']:.0f})"
     found = next(s for s in small.summary["similarity"] if s["method"] == "dpruner")
     assert alike.to_dict("records") == [{"Domains": "healthcare · legal", "Method": "dpruner", "Random": f"{found['floor']:.3f}",
-                                         "Jaccard": f"{found['jaccard']:.3f}", "Same domain": f"{found['ceiling']:.3f}"}]
+                                         "Jaccard": f"{found['jaccard']:.3f}", "Half text: two domains": f"{found['halves']:.3f}",
+                                         "Half text: same domain": f"{found['ceiling']:.3f}"}]
     changed = small.summary["lambda"]["legal"]
     assert f"**{changed['changed'] / changed['of']:.2%}** of the mask decisions for legal" in words(at)
 
@@ -281,13 +282,16 @@ def test_what_is_found_grows_with_every_file(runs, small):
 
     store.write_table(run.folder / "partial" / "stats of dpruner@legal.parquet", stats.loc["legal"])
     store.write_table(run.folder / "partial" / "halves@legal.parquet", metrics[metrics.metric == "jaccard ceiling"])
-    shutil.copy(small.run.folder / "masks" / "dpruner@legal.safetensors", run.folder / "masks")
+    for name in ("legal", "healthcare~1", "healthcare~2", "legal~1", "legal~2"):
+        shutil.copy(small.run.folder / "masks" / f"dpruner@{name}.safetensors", run.folder / "masks")
     heads, pairs = charts(calm(at.run())).values()
     assert len(heads["data"]) == 4 and "still to come" not in str(heads["layout"]["annotations"])
     assert len(pairs["layout"]["yaxis"]["categoryarray"]) == 2 and "same domain" in str(pairs)
-    found = next(s for s in small.summary["similarity"] if s["method"] == "dpruner")["jaccard"]
-    points = next(t for t in pairs["data"] if t["mode"] == "markers")
-    assert dict(zip(points["y"], numbers(points["x"]), strict=True))["healthcare · legal"] == pytest.approx(found)
+    found = next(s for s in small.summary["similarity"] if s["method"] == "dpruner")
+    for name, value in (("all their text", "jaccard"), ("from half the text each", "halves")):
+        points = next(t for t in pairs["data"] if t.get("name") == f"the two domains, {name}")
+        told = dict(zip(points["y"], numbers(points["x"]), strict=True))
+        assert told["healthcare · legal"] == pytest.approx(found[value])
 
     (run.folder / "masks" / "dpruner@legal.safetensors").write_bytes(b"torn")
     (run.folder / "partial" / "dense.parquet").write_bytes(b"torn")
@@ -546,7 +550,7 @@ def test_files_that_are_brought_become_domains_with_a_column_each(runs, submitte
     ("a.parquet.gz", b"x", "its type is not supported"),
     ("a.txt", b"", "it is empty"),
     ("a.txt", b"x" * 101, "is too large"),
-    ("a.txt.gz", gzip.compress(b"x" * 1001), "is too large"),
+    ("a.txt.gz", gzip.compress(b"x" * 1001, mtime=0), "is too large"),
     ("a.txt.gz", b"no gzip", "it is no complete gzip file"),
 ])
 def test_files_are_checked_again_on_the_server(name, content, sentence, tmp_path, monkeypatch):

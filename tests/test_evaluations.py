@@ -288,6 +288,7 @@ def test_similarity_is_told_for_the_whole_model_and_for_each_matrix(run, small, 
         assert t["jaccard"] == pytest.approx(float((a & b).sum() / (a | b).sum())) and t["floor"] == pytest.approx(1 / 3, abs=0.01)
         halves = [store.read_masks(run.path("masks", "dpruner", f"{d}~{h}"))[t["matrix"]] for d in ("healthcare", "legal") for h in (1, 2)]
         assert t["ceiling"] == pytest.approx(sum(float((a & b).sum() / (a | b).sum()) for a, b in (halves[:2], halves[2:])) / 2)
+        assert t["halves"] == pytest.approx(sum(float((a & b).sum() / (a | b).sum()) for a in halves[:2] for b in halves[2:]) / 4)
     assert cli.main(["similarity", str(run.folder)]) == 0
     out = capfd.readouterr().out
     assert "healthcare · legal" in out and "random" in out and f"{small.summary['similarity'][0]['jaccard']:.4f}" in out

@@ -248,7 +248,7 @@ def test_every_figure_has_its_row(small):
     assert list(table.columns) == ["method", "domain", "text", "metric", "value", "low", "high", "n"]
     counts = table.groupby("metric").size().to_dict()
     assert counts == {"perplexity": 4 * 2 * 2, "sparsity of prunable weights": 6, "sparsity of the whole model": 6, "jaccard": 3,
-                      "jaccard floor": 3, "jaccard ceiling": 2, "decisions changed by λ": 2}
+                      "jaccard floor": 3, "jaccard ceiling": 2, "jaccard halves": 1, "decisions changed by λ": 2}
     estimated = table.metric == "perplexity"
     assert (table[estimated].low <= table[estimated].value).all() and (table[estimated].value <= table[estimated].high).all()
     assert table[~estimated].low.isna().all() and (table.n > 0).all() and not table.value.isna().any()
@@ -304,6 +304,14 @@ def test_the_ceiling_is_what_the_masks_of_two_halves_of_a_domains_text_share(sma
     told = report.summary(small.run)["similarity"]
     ceilings = [figure(small.run, "dpruner", domain, "jaccard ceiling", domain).value for domain in small.config.domains]
     assert {s["method"]: s["ceiling"] for s in told} == {"dpruner": pytest.approx(sum(ceilings) / 2), "magnitude": None, "random": None}
+
+
+def test_masks_of_half_the_text_of_two_domains_compare_with_that_ceiling(small):
+    halves = [[read_bits(small.run.path("masks", "dpruner", f"{domain}~{half}")) for half in (1, 2)] for domain in ("healthcare", "legal")]
+    expected = sum(shared(one, other) for one in halves[0] for other in halves[1]) / 4
+    assert figure(small.run, "dpruner", "healthcare", "jaccard halves", "legal").value == pytest.approx(expected, rel=1e-12)
+    told = report.summary(small.run)["similarity"]
+    assert {s["method"]: s["halves"] for s in told} == {"dpruner": pytest.approx(expected), "magnitude": None, "random": None}
 
 
 def test_halves_are_the_first_and_the_last_sequences(small, tmp_path, monkeypatch):

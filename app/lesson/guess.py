@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from analysis import comparisons, figures, similarity
+from analysis import alike, figures, similarity
 from analysis.chart import listed, percent
 from analysis.lesson import prepare
 from analysis.matrices import places
@@ -50,7 +50,7 @@ def predict(run: Run) -> None:
         guess = st.radio("1. Masks for which two domains share most?", names, index=None, key="learn-guess-pair", horizontal=True)
         if guess or everything:
             verdict(guess, best, f"**{best}** share most: {percent(float(table.jaccard.max()))} of what either keeps.{close(table, names)}")
-            widgets.chart(comparisons.pair_dots(table), "learn-predict-pairs")
+            widgets.chart(alike.pair_dots(table), "learn-predict-pairs")
 
     with st.container(border=True):
         random = similarity.pairs(counts.only([label for label in counts.labels if label.startswith("random")]))
@@ -133,7 +133,7 @@ def own_pairs(selected) -> pd.DataFrame:
     return pairs_of(data.counts(there, None if own else selected.sparsity), domains)
 
 
-def alike(run: Run) -> None:
+def between(run: Run) -> None:
     """Every pair of domains between what chance gives and what one domain's own text gives."""
     selected = mine()
     if selected is None:
@@ -153,7 +153,7 @@ def alike(run: Run) -> None:
     cells[1].metric("Two domains, mean", f"{mean:.3f}")
     cells[2].metric("Ceiling: halves of one domain", f"{ceiling:.3f}" if np.isfinite(ceiling) else "unknown")
     cells[3].metric("From floor to ceiling", percent(similarity.of_the_way(mean, floor, ceiling), 0))
-    widgets.chart(comparisons.pair_dots(table), "learn-alike-dots")
+    widgets.chart(alike.pair_dots(table), "learn-alike-dots")
     formula(r"\text{from floor to ceiling} = \frac{J - J_\text{floor}}{J_\text{ceiling} - J_\text{floor}}", {
         "J": "a dot: what the masks of two domains share",
         r"J_\text{floor}": f"the line at the left: what random masks share that keep as much, {floor:.3f} at {share:.0%}",
@@ -163,7 +163,7 @@ def alike(run: Run) -> None:
 
 
 ALIKE = Step(
-    "Similarity", "How alike are two domains, really?", ("alike.safetensors",), alike,
+    "Similarity", "How alike are two domains, really?", ("alike.safetensors",), between,
     "Compare **general + domain** with **the domain alone**: where do the masks of two domains differ more, and why? Then move the "
     "sparsity to 90 %.",
     "A paper reports that the masks of two domains share 60 %. What two numbers do you ask for?",

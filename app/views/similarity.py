@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from analysis import comparisons, figures, matrices, similarity
+from analysis import alike, figures, matrices, similarity
 from analysis.chart import counted, listed, percent
 from analysis.sparsity import told
 from app import data, state, widgets
@@ -22,8 +22,9 @@ MEASURE_HELP = """How much of what two masks keep is the same.
 - **Cosine**: weights both keep, divided by the geometric mean of what each keeps.
 - **Chance-corrected**: Jaccard moved so that random masks show 0 and equal ones 1.
 - **Overlap coefficient**: weights both keep as a share of the smaller mask."""
-CEILING_HELP = ("What two masks from two halves of the same domain's text share. Half the text makes a mask a little noisier than the whole text does, "
-                "so this line is, if anything, a little low: domains can come close to it, or even pass it.")
+SAME_HELP = "The ceiling: what the masks from the two halves of one domain's text share, the mean over the domains."
+OTHER_HELP = ("What two masks share that come from half of one domain's text and half of another's. Less text makes a mask noisier, so this, and not "
+              "the mean of all pairs, compares with the same domain's halves.")
 
 
 class Mask(NamedTuple):
@@ -61,55 +62,89 @@ def count(masks: list[Mask], sparsity: float | None) -> tuple[similarity.Counts,
     return data.counts(there, sparsity), [mask for mask, stamp in stamps.items() if stamp is None]
 
 
-def ceilings(masks: list[Mask], sparsity: float | None, measure: str, by: str) -> dict:
-    """{group: what two halves of the same domain's text share, for every two masks; NaN where one has no halves}; empty without any."""
-    found = {}
-    for i, mask in enumerate(masks):
-        halves = tuple((str(n), data.mask_stamp(mask.run, mask.method, f"{mask.domain}~{n}", sparsity is None)) for n in (1, 2))
-        if all(stamp for _, stamp in halves):
-            found[i] = similarity.mean_of_pairs(similarity.similarity(data.counts(halves, sparsity), measure, by))
-    own = {group: np.array([found[i][group] if i in found else np.nan for i in range(len(masks))]) for group in next(iter(found.values()), {})}
-    return {group: (values[:, None] + values[None, :]) / 2 for group, values in own.items() if len(found) > 1}
+def halves_of(masks: list[Mask], sparsity: float | None) -> tuple[list[int], similarity.Counts] | None:
+    """Which masks have masks of the two halves of their domain's text, and the counts of those; None where no two of one method have."""
+    stamps = [[data.mask_stamp(mask.run, mask.method, f"{mask.domain}~{n}", sparsity is None) for n in (1, 2)] for mask in masks]
+    there = [i for i, both in enumerate(stamps) if all(both)]
+    if len({masks[i].method for i in there}) == len(there):
+        return None
+    return there, data.counts(tuple((f"{i}~{n}", stamp) for i in there for n, stamp in enumerate(stamps[i], 1)), sparsity)
 
 
-def verdict(matrix: np.ndarray, floor: np.ndarray, ceiling: np.ndarray | None) -> None:
-    """The mean pair between chance and sameness, in four numbers."""
-    mean, base = similarity.mean_of_pairs({0: matrix})[0], similarity.mean_of_pairs({0: floor})[0]
-    top = np.nan if ceiling is None else similarity.mean_of_pairs({0: ceiling})[0]
-    cells = st.columns(4)
+def halves(masks: list[Mask], sparsity: float | None, measure: str, by: str) -> dict:
+    """{group: what masks of half the text share, for every two masks of one method, NaN where one has none}; empty without any."""
+    found = halves_of(masks, sparsity)
+    if found is None:
+        return {}
+    there, counts = found
+    alike = np.array([[a.method == b.method for b in masks] for a in masks])
+
+    def spread(values: np.ndarray) -> np.ndarray:
+        every = np.full((len(masks), len(masks)), np.nan)
+        every[np.ix_(there, there)] = values
+        return np.where(alike, every, np.nan)
+
+    return {group: similarity.Halves(*map(spread, cut)) for group, cut in similarity.halves(counts, measure, by).items()}
+
+
+def verdict(matrix: np.ndarray, floor: np.ndarray, cut: similarity.Halves | None) -> None:
+    """The mean pair between chance and sameness, in a few numbers."""
+    mean, base, *of_halves = (mean_pair(each) for each in (matrix, floor, *(cut or ())))
+    cells = st.columns([1, 1, 1, 1, 1] if cut else [1, 1, 3])
     cells[0].metric("Mean of all pairs", f"{mean:.3f}", help="The mean similarity of every two different masks shown here.")
     cells[1].metric("Two random masks", f"{base:.3f}", help="The floor: what masks drawn at random would share if they kept as many weights of every matrix.")
-    cells[2].metric("Same domain", f"{top:.3f}" if np.isfinite(top) else "unknown", help=f"The ceiling. {CEILING_HELP}")
-    cells[3].metric("From random to same", percent(similarity.of_the_way(mean, base, top), 0),
-                    help="Where the mean pair lies between the floor (0 %) and the ceiling (100 %). Near 100 %, the masks differ hardly more than "
-                         "two samples of the same domain's text would make them.")
+    if not cut:
+        cells[2].metric("Same domain", "unknown", help=SAME_HELP + " These masks have none: their methods look at no text, or the run took no halves.")
+        return
+    same, other = of_halves
+    cells[2].metric("Half text: two domains", f"{other:.3f}", help=OTHER_HELP)
+    cells[3].metric("Half text: same domain", f"{same:.3f}", help=SAME_HELP)
+    cells[4].metric("From random to same", percent(similarity.of_the_way(other, base, same)),
+                    help="Where two domains lie between the floor (0 %) and the ceiling (100 %), from half the text each. At 100 %, they differ no more "
+                         "than two samples of one domain's text would make them.")
 
 
-def enlarged(counts: similarity.Counts, by: str, group, top: np.ndarray | None, measure: str, where: str, key: str) -> None:
+def mean_pair(matrix: np.ndarray) -> float:
+    """The mean of what is known of every two different masks."""
+    pairs = matrix[np.triu_indices(len(matrix), 1)]
+    return float(np.nanmean(pairs)) if np.isfinite(pairs).any() else float("nan")
+
+
+def enlarged(counts: similarity.Counts, by: str, group, masks: list[Mask], sparsity: float | None, measure: str, where: str, key: str) -> None:
     """One similarity matrix in full, and every pair between floor and ceiling."""
     matrix, floor = (f(counts, measure, by)[group] for f in (similarity.similarity, similarity.floor))
-    verdict(matrix, floor, top)
-    drawn = comparisons.similarity_heatmap(matrix, counts.labels, floor, top, measure, where)
+    cut = halves(masks, sparsity, measure, by).get(group)
+    verdict(matrix, floor, cut)
+    drawn = alike.similarity_heatmap(matrix, counts.labels, floor, cut, measure, where)
     if drawn is None:
         st.info(f"These masks are the same, weight by weight, in {where}: there is nothing to draw. A method that looks at no text of the domain, "
                 "such as magnitude, prunes alike for every domain.")
         return
     widgets.chart(drawn, f"{key}-heatmap")
-    pairs = similarity.pairs(counts.within(matrices.groups(counts.names, by)[group]))
-    if top is not None:
-        pairs["ceiling"] = top[np.triu_indices(len(top), 1)]
-        if measure == "jaccard" and pairs.ceiling.notna().all():
-            conclusion(pairs)
-    widgets.chart(comparisons.pair_dots(pairs, None, measure, similarity.mean_of_pairs({0: floor})[0]), f"{key}-dots")
+    members = matrices.groups(counts.names, by)[group]
+    pairs = similarity.pairs(counts.within(members))
+    if cut is not None:
+        pairs["ceiling"], pairs["halves"] = (each[np.triu_indices(len(each), 1)] for each in cut)
+        if measure == "jaccard":
+            there, of_halves = halves_of(masks, sparsity)
+            found = similarity.apart(of_halves.within(members))
+            conclusion(found[[masks[there[i]].method == masks[there[j]].method for i, j in zip(found.i, found.j, strict=True)]])
+    widgets.chart(alike.pair_dots(pairs, measure, mean_pair(floor)), f"{key}-dots")
 
 
-def conclusion(pairs: pd.DataFrame) -> None:
-    """What the pairs say about domains, by their intervals over the model's matrices."""
-    below = int((pairs.high < pairs.ceiling).sum())
-    st.markdown((f"**{below} of {counted(len(pairs), 'pair')}** {'lies' if below == 1 else 'lie'} below *same domain* with the whole 95 % interval: there the "
-                 "masks differ by more than two samples of one domain's text would make them." if below else
-                 "**No pair** lies below *same domain* with its whole 95 % interval: on these texts, masks for different domains differ no more than "
-                 "masks from two halves of one domain's text. More calibration text, or a higher sparsity, may tell them apart."))
+def conclusion(found: pd.DataFrame) -> None:
+    """What masks of half the text say about domains, as `analysis.similarity.apart` tells it."""
+    n, far = len(found), int((found.low > 0).sum())
+    gap = f"by {found.gap.mean():.3f} {'on average' if n > 1 else ''}".strip()
+    if found.low.isna().any():   # a single matrix: nothing to draw from
+        st.markdown(f"On equal terms, from half the text each, two domains share less than one domain's two halves {gap}." if found.gap.mean() > 0 else
+                    "On equal terms, from half the text each, two domains share as much as one domain's two halves.")
+        return
+    st.markdown((f"**{far} of {counted(n, 'pair')}** of domains {'shares' if far == 1 else 'share'} less than one domain's two halves do, on equal terms, with "
+                 f"the whole 95 % interval over the model's matrices; {gap}. There the masks differ by more than two samples of one domain's text would "
+                 "make them." if far else
+                 "**No pair** of domains shares less than one domain's two halves do, on equal terms and beyond the 95 % interval over the model's "
+                 "matrices: on these texts the domains make no difference that shows. More calibration text, or a higher sparsity, may tell them apart."))
 
 
 def the_map(counts: similarity.Counts, measure: str, masks: list[Mask], which: str) -> None:
@@ -121,20 +156,15 @@ def the_map(counts: similarity.Counts, measure: str, masks: list[Mask], which: s
     if which == "all":
         method = {mask.label: mask.method for mask in masks}
         points = points.assign(group=[method[label] for label in points["label"]])
-    widgets.chart(comparisons.domain_map(points, shown), "similarity-map")
-
-
-def known(values: dict) -> dict | None:
-    """The values, or None where they are not known."""
-    return values if values and np.isfinite(list(values.values())).all() else None
+    widgets.chart(alike.domain_map(points, shown), "similarity-map")
 
 
 def small_multiples(counts: similarity.Counts, masks: list[Mask], sparsity: float | None, measure: str, view: str) -> None:
     """A small matrix for every module or layer, where in the model the masks differ, and one of them enlarged."""
     by = "block" if view == "layer" else "module"
     found, floors = similarity.similarity(counts, measure, by), similarity.mean_of_pairs(similarity.floor(counts, measure, by))
-    tops = ceilings(masks, sparsity, measure, by)
-    widgets.chart(comparisons.similarity_profile(found, counts.labels, view, floors, known(similarity.mean_of_pairs(tops)), measure),
+    cut = halves(masks, sparsity, measure, by)
+    widgets.chart(alike.similarity_profile(found, counts.labels, view, floors, cut, measure),
                   "similarity-profile")
 
     def click() -> None:
@@ -142,20 +172,19 @@ def small_multiples(counts: similarity.Counts, masks: list[Mask], sparsity: floa
         if points:
             st.session_state[f"similarity-{view}"] = points[0]["customdata"][0]
 
-    widgets.chart(comparisons.similarity_grid(found, counts.labels, view, measure), "similarity-grid", on_select=click, selection_mode="points")
+    widgets.chart(alike.similarity_grid(found, counts.labels, view, measure), "similarity-grid", on_select=click, selection_mode="points")
     options, key = list(found), f"similarity-{view}"
     if st.session_state.get(key, options[0]) not in options:
         st.session_state[key] = options[0]
     group = st.selectbox(f"Enlarge a {view}", options, key=key, bind="query-params", help="Or click a square above.")
-    enlarged(counts, by, group, tops.get(group), measure, f"{view} {group}", "similarity-one")
+    enlarged(counts, by, group, masks, sparsity, measure, f"{view} {group}", "similarity-one")
 
 
 def every_matrix(counts: similarity.Counts, masks: list[Mask], sparsity: float | None, measure: str, selected: state.Selection) -> None:
     """The mean pair in every matrix of the model, and the selected matrix enlarged."""
     mean = similarity.mean_of_pairs(similarity.similarity(counts, measure, "matrix"))
     base = np.mean(list(similarity.mean_of_pairs(similarity.floor(counts, measure, "matrix")).values()))
-    tops = ceilings(masks, sparsity, measure, "matrix")
-    top = known(similarity.mean_of_pairs(tops))
+    cut = list(halves(masks, sparsity, measure, "matrix").values())
 
     def click() -> None:
         points = st.session_state["similarity-matrices"].selection.points
@@ -164,11 +193,12 @@ def every_matrix(counts: similarity.Counts, masks: list[Mask], sparsity: float |
 
     widgets.chart(figures.layer_heatmap(
         data.places(selected.run).assign(similarity=lambda t: t.matrix.map(mean)), "similarity", title="Similarity of the masks in every matrix",
-        quantity=f"{comparisons.MEASURE_NAMES[measure]}, mean of all pairs",
+        quantity=f"{alike.MEASURE_NAMES[measure]}, mean of all pairs",
         how=f"One cell for each matrix; brighter is more alike. Two random masks would show {base:.3f}"
-            + (f", two halves of one domain {np.mean(list(top.values())):.3f}." if top else ".") + " A click chooses the matrix shown below.",
+            + (f". From half the text each, the same domain shows {np.mean([mean_pair(c.same) for c in cut]):.3f}, two domains "
+               f"{np.mean([mean_pair(c.other) for c in cut]):.3f}." if cut else ".") + " A click chooses the matrix shown below.",
         chosen=(selected.block, selected.module)), "similarity-matrices", on_select=click, selection_mode="points")
-    enlarged(counts, "matrix", selected.matrix, tops.get(selected.matrix), measure, f"layer {selected.block}, {selected.module}", "similarity-one")
+    enlarged(counts, "matrix", selected.matrix, masks, sparsity, measure, f"layer {selected.block}, {selected.module}", "similarity-one")
 
 
 def beside_open_domain(runs: list[Run], sparsity: float, measure: str) -> None:
@@ -193,14 +223,14 @@ def beside_open_domain(runs: list[Run], sparsity: float, measure: str) -> None:
     if before.labels == after.labels:
         sides = {name: similarity.similarity(counts, measure)["model"] for name, counts in (("Importances alone", before), ("Domain masks", after))}
         floor = similarity.mean_of_pairs(similarity.floor(after, measure))["model"]
-        top = known(similarity.mean_of_pairs(ceilings([m for m in joined if m.label in after.labels], sparsity, measure, "model")))
-        widgets.chart(comparisons.similarity_sides(sides, after.labels, floor, top and top["model"], measure), "similarity-sides")
+        cut = halves([m for m in joined if m.label in after.labels], sparsity, measure, "model").get("model")
+        widgets.chart(alike.similarity_sides(sides, after.labels, floor, mean_pair(cut.same) if cut else None, measure), "similarity-sides")
     rows = {"Open domain and each domain's own importance": cross(before, measure, general, alone),
             "Domains' own importances with each other": among(before, measure, alone),
             "Open domain and each domain mask": cross(after, measure, general, joined),
             "Domain masks with each other": among(after, measure, joined)}
-    st.dataframe(pd.DataFrame({"which pairs": list(rows), f"{comparisons.MEASURE_NAMES[measure]}, mean": list(rows.values())}), hide_index=True,
-                 column_config={f"{comparisons.MEASURE_NAMES[measure]}, mean": st.column_config.NumberColumn(format="%.4f")})
+    st.dataframe(pd.DataFrame({"which pairs": list(rows), f"{alike.MEASURE_NAMES[measure]}, mean": list(rows.values())}), hide_index=True,
+                 column_config={f"{alike.MEASURE_NAMES[measure]}, mean": st.column_config.NumberColumn(format="%.4f")})
 
 
 def among(counts: similarity.Counts, measure: str, masks: list[Mask]) -> float:
@@ -225,7 +255,7 @@ def page() -> None:
     """Widgets, then one of the views."""
     st.title("Similarity")
     st.markdown("Do two domains need the same weights? Every number here stands between a **floor** (what two random masks share) and a **ceiling** "
-                "(what two masks from two halves of the *same* domain's text share): only what lies between them says something about domains.")
+                "(what two masks from the two halves of the *same* domain's text share): only what lies between them says something about domains.")
     selected = state.selection()
     if selected is None:
         return
@@ -261,8 +291,7 @@ def page() -> None:
                    f"Shown: masks cut from the ranks at {told(selected.sparsity)} of every matrix. Move the slider to the run's own sparsity for its "
                    "very masks.")
         if view == "model":
-            top = ceilings(masks, sparsity, measure, "model").get("model")
-            enlarged(counts, "model", "model", top, measure, "the whole model", "similarity-all")
+            enlarged(counts, "model", "model", masks, sparsity, measure, "the whole model", "similarity-all")
             the_map(counts, measure, masks, which)
         elif view == "matrix":
             every_matrix(counts, masks, sparsity, measure, selected)
