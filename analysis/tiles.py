@@ -77,7 +77,7 @@ def _tile_image(codes: np.ndarray, who: Mapping[int, str], origin: tuple[int, in
         more["customdata"] = np.concatenate([v.reshape(*codes.shape, -1) for v in values.values()], axis=-1)
         at = 0
         for name, v in values.items():
-            ends = [f"%{{customdata[{at + i}]:.6g}}" for i in range(1 if v.ndim == 2 else 2)]
+            ends = [f"%{{customdata[{at + i}]:.6~g}}" for i in range(1 if v.ndim == 2 else 2)]
             hover, at = f"{hover}<br>{plain(name)}: {' to '.join(ends)}", at + len(ends)
     if max(codes.shape) <= TILE_WITH_TEXT:
         more["text"] = np.array([plain(who.get(code, "")) for code in range(4)], dtype=object)[codes]

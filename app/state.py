@@ -105,9 +105,18 @@ def choose_matrix(key: str) -> None:
     Args:
         key: of the chart, whose points carry (block, module, ..).
     """
+    if found := clicked(key):
+        st.session_state["block"], st.session_state["module"] = found[:2]
+
+
+def clicked(key: str) -> list | None:
+    """What the point carries that was clicked in a chart; None where a selection was cleared."""
     points = st.session_state[key].selection.points
-    if points:
-        st.session_state["block"], st.session_state["module"] = points[0]["customdata"][:2]
+    if not points:
+        return None
+    carried = points[0]["customdata"]
+    # a row of numbers that travelled packed comes back as {"0": .., "1": ..}
+    return [carried[k] for k in sorted(carried, key=int)] if isinstance(carried, dict) else list(carried)
 
 
 def _began(run: Run) -> str:

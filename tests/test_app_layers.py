@@ -148,6 +148,8 @@ def test_a_click_selects_block_and_module(monkeypatch):
     monkeypatch.setattr(state.st, "session_state", session)
     state.choose_matrix("layers-map")
     assert (session["block"], session["module"]) == (3, "mlp.up_proj")
+    session["layers-map"].selection.points = [{"customdata": {"0": 2.0, "1": 7.0, "10": 3.0, "2": 5.0}}]   # numbers that travelled packed
+    assert state.clicked("layers-map") == [2, 7, 5, 3]
     session["layers-map"].selection.points = []
     session["block"] = 1
     state.choose_matrix("layers-map")   # a selection that was cleared changes nothing

@@ -55,8 +55,8 @@ def test_the_whole_model_is_what_counting_by_hand_finds(run, percent):
     assert ("the masks as the run made them" in words(page)) == (percent == 50)
     told = jaccard(*(masks(run, "dpruner", d, percent) for d in ("healthcare", "legal")))
     floor, (same, other) = (1 - percent / 100) / (1 + percent / 100), on_equal_terms(run, percent)
-    assert metrics(page) == {"Mean of all pairs": f"{told:.3f}", FLOOR: f"{floor:.3f}", "Half text: two domains": f"{other:.3f}",
-                             "Half text: same domain": f"{same:.3f}", "From random to same": f"{100 * (other - floor) / (same - floor):.1f} %"}
+    assert metrics(page) == {"Mean of all pairs": f"{told:.3f}", FLOOR: f"{floor:.3f}", "½ text: 2 domains": f"{other:.3f}",
+                             "½ text: 1 domain": f"{same:.3f}", "From random to same": f"{100 * (other - floor) / (same - floor):.1f} %"}
     carried = {(a, b): v for a, b, v, *_ in figure(page, "similarity-all-heatmap")["data"][1]["customdata"]}
     assert carried == pytest.approx({("healthcare", "legal"): told, ("legal", "healthcare"): told, ("healthcare", "healthcare"): 1, ("legal", "legal"): 1})
     found = {t["name"]: shown(t["x"])[0] for t in figure(page, "similarity-all-dots")["data"] if t.get("name")}
@@ -80,7 +80,7 @@ def test_all_masks_compare_domains_within_a_method_only(run):
     page = opened(similarity_set="all")
     assert not page.exception and not page.error
     same, other = on_equal_terms(run)
-    assert metrics(page)["Half text: two domains"] == f"{other:.3f}" and metrics(page)["Half text: same domain"] == f"{same:.3f}"
+    assert metrics(page)["½ text: 2 domains"] == f"{other:.3f}" and metrics(page)["½ text: 1 domain"] == f"{same:.3f}"
     assert "of **1" not in words(page) and ("1 of 1 pair" in words(page) or "**No pair**" in words(page))
 
 

@@ -213,6 +213,34 @@ def test_data_a_figure_and_the_config_are_taken_away(visit):
     assert RunConfig.from_dict(store.json.loads(taken("Config file"))["config"]) == RunConfig.from_dict(visit.run.config)
 
 
+def clicked(page, key: str, n: int) -> list:
+    """What the n-th click target of a figure carries, having been clicked."""
+    page.locator(f".st-key-{key}").first.scroll_into_view_if_needed()
+    page.wait_for_timeout(300)   # it scrolls
+    x, y, carried = page.evaluate("""([key, n]) => {
+        const plot = document.querySelector(`.st-key-${key} .js-plotly-plot`), layout = plot._fullLayout, box = plot.getBoundingClientRect()
+        const trace = plot._fullData.find(t => t.type == "scatter" && t.customdata)
+        return [box.x + layout.xaxis._offset + layout.xaxis.d2p(trace.x[n]), box.y + layout.yaxis._offset + layout.yaxis.d2p(trace.y[n]),
+                Array.from(trace.customdata[n])]}""", [key, n])
+    page.mouse.move(x, y)
+    page.mouse.click(x, y)
+    return carried
+
+
+def test_a_click_on_a_figure_chooses_what_lies_under_it(visit):
+    page, there = visit.page, f"run={visit.run.id}&method=dpruner&domain=legal&block=0&module=self_attn.q_proj"
+    for view, key in (("layers", "layers-map"), ("overlap", "overlap-map"), ("explore", "explore-matrices")):
+        page.goto(f"{visit.address}/{view}?{there}")
+        settled(page)
+        block, module, _ = clicked(page, key, 12)
+        page.wait_for_url(lambda url, block=block, module=module: f"block={block}" in url and f"module={module}" in url)
+        settled(page)
+    top, _, left, *_ = clicked(page, "explore-overview", 1500)
+    page.wait_for_url(lambda url: f"explore-row={top:.0f}" in url and f"explore-column={left:.0f}" in url)
+    settled(page)
+    calm(page)
+
+
 def test_a_copied_link_opens_the_same_view_in_a_second_browser(visit):
     page = visit.page
     page.goto(f"{visit.address}/layers?" + "&".join(f"{name}={value}" for name, value in VIEW.items()))

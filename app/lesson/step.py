@@ -118,9 +118,8 @@ def cell(shape: tuple[int, int]) -> tuple[int, int, tuple[int, int]]:
 
 def take_click(key: str) -> None:
     """For `on_select` of a tile: the cell that was clicked becomes the one that is looked at."""
-    points = st.session_state[key].selection.points
-    if points:
-        st.session_state["learn-row"], st.session_state["learn-column"] = (int(v) for v in points[0]["customdata"][:2])
+    if found := state.clicked(key):
+        st.session_state["learn-row"], st.session_state["learn-column"] = (int(v) for v in found[:2])
 
 
 def window(origin: tuple[int, int]) -> tuple[slice, slice]:

@@ -96,12 +96,6 @@ def choose(selected: state.Selection) -> Look:
                 data.shape(selected.run, selected.matrix), f"layer {selected.block}, {selected.module}")
 
 
-def clicked(key: str) -> list | None:
-    """What the point carries that was clicked in a chart."""
-    points = st.session_state[key].selection.points
-    return list(points[0]["customdata"]) if points else None
-
-
 # ---- all matrices
 
 
@@ -114,11 +108,6 @@ def all_matrices(look: Look, selected: state.Selection) -> None:
         return
     counts = data.counts(tuple(zip((mask.name for mask in look.masks), look.files, strict=True)), look.at)
     places = data.places(selected.run).set_index("matrix")
-
-    def click() -> None:
-        found = clicked("explore-matrices")
-        if found:
-            st.session_state["block"], st.session_state["module"] = int(found[0]), found[1]
 
     chosen = (selected.block, selected.module)
     if len(look.masks) == 1:
@@ -136,7 +125,7 @@ def all_matrices(look: Look, selected: state.Selection) -> None:
             st.info("Both masks keep the same share of what either keeps in every matrix: a picture would have one colour.")
             return
     st.caption("A click chooses the matrix, here and on the other pages.")
-    widgets.chart(made, "explore-matrices", on_select=click, selection_mode="points")
+    widgets.chart(made, "explore-matrices", on_select=lambda: state.choose_matrix("explore-matrices"), selection_mode="points")
 
 
 # ---- one matrix
@@ -184,8 +173,7 @@ def whole_matrix(look: Look, rows: slice, columns: slice) -> None:
     shares = counts.shares(counts.differ if show == "they differ" else counts.kept[names.index(show)])
 
     def click() -> None:
-        found = clicked("explore-overview")
-        if found:
+        if found := state.clicked("explore-overview"):
             st.session_state["explore-row"], st.session_state["explore-column"] = int(found[0]), int(found[2])
 
     quantity = "share on which they differ" if show == "they differ" else "share kept"

@@ -97,8 +97,8 @@ def verdict(matrix: np.ndarray, floor: np.ndarray, cut: similarity.Halves | None
         cells[2].metric("Same domain", "unknown", help=SAME_HELP + " These masks have none: their methods look at no text, or the run took no halves.")
         return
     same, other = of_halves
-    cells[2].metric("Half text: two domains", f"{other:.3f}", help=OTHER_HELP)
-    cells[3].metric("Half text: same domain", f"{same:.3f}", help=SAME_HELP)
+    cells[2].metric("½ text: 2 domains", f"{other:.3f}", help=OTHER_HELP)
+    cells[3].metric("½ text: 1 domain", f"{same:.3f}", help=SAME_HELP)
     cells[4].metric("From random to same", percent(similarity.of_the_way(other, base, same)),
                     help="Where two domains lie between the floor (0 %) and the ceiling (100 %), from half the text each. At 100 %, they differ no more "
                          "than two samples of one domain's text would make them.")
@@ -168,9 +168,8 @@ def small_multiples(counts: similarity.Counts, masks: list[Mask], sparsity: floa
                   "similarity-profile")
 
     def click() -> None:
-        points = st.session_state["similarity-grid"].selection.points
-        if points:
-            st.session_state[f"similarity-{view}"] = points[0]["customdata"][0]
+        if found := state.clicked("similarity-grid"):
+            st.session_state[f"similarity-{view}"] = found[0]
 
     widgets.chart(alike.similarity_grid(found, counts.labels, view, measure), "similarity-grid", on_select=click, selection_mode="points")
     options, key = list(found), f"similarity-{view}"
@@ -185,19 +184,14 @@ def every_matrix(counts: similarity.Counts, masks: list[Mask], sparsity: float |
     mean = similarity.mean_of_pairs(similarity.similarity(counts, measure, "matrix"))
     base = np.mean(list(similarity.mean_of_pairs(similarity.floor(counts, measure, "matrix")).values()))
     cut = list(halves(masks, sparsity, measure, "matrix").values())
-
-    def click() -> None:
-        points = st.session_state["similarity-matrices"].selection.points
-        if points:
-            st.session_state["block"], st.session_state["module"] = points[0]["customdata"][:2]
-
+    key = "similarity-matrices"
     widgets.chart(figures.layer_heatmap(
         data.places(selected.run).assign(similarity=lambda t: t.matrix.map(mean)), "similarity", title="Similarity of the masks in every matrix",
         quantity=f"{alike.MEASURE_NAMES[measure]}, mean of all pairs",
         how=f"One cell for each matrix; brighter is more alike. Two random masks would show {base:.3f}"
             + (f". From half the text each, the same domain shows {np.mean([mean_pair(c.same) for c in cut]):.3f}, two domains "
                f"{np.mean([mean_pair(c.other) for c in cut]):.3f}." if cut else ".") + " A click chooses the matrix shown below.",
-        chosen=(selected.block, selected.module)), "similarity-matrices", on_select=click, selection_mode="points")
+        chosen=(selected.block, selected.module)), key, on_select=lambda: state.choose_matrix(key), selection_mode="points")
     enlarged(counts, "matrix", selected.matrix, masks, sparsity, measure, f"layer {selected.block}, {selected.module}", "similarity-one")
 
 
