@@ -279,7 +279,8 @@ def pair_dots(pairs: pd.DataFrame, measure: str = "jaccard", floor: float | None
     limits = [("random masks", floors, "left"), (f"same domain, {HALF}", table["ceiling"].to_numpy(dtype=np.float64), "right")]
     halves = table["halves"].to_numpy(dtype=np.float64)
     bars = measure == "jaccard" and bool(table["low"].notna().any())
-    figure = new_figure(height=150 + 26 * len(table))
+    # the legend in the top line of the figure: what stands at the lines has the next
+    figure = new_figure(height=180 + 26 * len(table), margin={"t": 76}, legend={"yref": "container", "y": 1, "yanchor": "top"})
     for words, limit, side in limits:
         _limit(figure, words, limit, names, side)
     if np.isfinite(halves).any():

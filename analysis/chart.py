@@ -52,6 +52,8 @@ class Chart:
         room = 30 + 20 * -(-entries // 5)   # the legend stands between the title and the axes, in lines of about five
         top = (copy.layout.margin.t or TEMPLATE.layout.margin.t) + room
         height = (copy.layout.height or TEMPLATE.layout.height) + room
+        if copy.layout.legend.yref == "container":   # it stood where the title comes
+            copy.layout.legend.y = 1 - 34 / height
         return copy.update_layout(title={"text": plain(self.title), "x": 0, "xref": "paper", "yref": "container", "y": 1 - 20 / height},
                                   margin={"t": top}, height=height)
 

@@ -296,13 +296,11 @@ def plane(histogram: np.ndarray, sparsity_a: float, sparsity_b: float, a: str, b
         for colour, width in (("white", 5), (BLUE, 3)):   # to be seen on all colours of the scale
             figure.add_shape(type="rect", x0=brush[0], x1=brush[1], y0=brush[2], y1=brush[3], line={"color": colour, "width": width})
     found = regions(histogram, sparsity_a, sparsity_b)
-    # in the middle of each region, or, where that is narrow, as near as the words stay inside the plane
-    (kept_x, gone_x), (kept_y, gone_y) = (np.clip([(1 + s) / 2, s / 2], room, 1 - room)
-                                          for s, room in ((sparsity_a, LABEL[0]), (sparsity_b, LABEL[1])))
+    (kept_x, gone_x), (kept_y, gone_y) = _label_places(sparsity_a, "x", LABEL[0]), _label_places(sparsity_b, "y", LABEL[1])
     named = {"both": (kept_x, kept_y, found.both), f"only {a}": (kept_x, gone_y, found.only_a), f"only {b}": (gone_x, kept_y, found.only_b),
              "neither": (gone_x, gone_y, found.neither)}
     for name, (x, y, count) in named.items():   # light on its own dark ground: it lies over all colours of the scale
-        figure.add_annotation(x=x, y=y, text=f"{plain(name)}<br>{count:,} ({count / found.weights:.1%})", showarrow=False, borderpad=4,
+        figure.add_annotation(**x, **y, text=f"{plain(name)}<br>{count:,} ({count / found.weights:.1%})", showarrow=False, borderpad=4,
                               bgcolor="rgba(40,40,40,0.78)", font={"color": "#eeeeee", "size": 12})
     square = {"tickformat": ".0%", "range": [0, 1], "showgrid": False, "constrain": "domain"}
     figure.update_xaxes(title=f"rank by {plain(a)} (share of weights below)", constraintoward="right", **square)   # beside the colour bar
@@ -315,6 +313,15 @@ def plane(histogram: np.ndarray, sparsity_a: float, sparsity_b: float, a: str, b
     how = (f"Every weight by its rank in {a} (to the right) and in {b} (upwards); the dashed lines are the thresholds. Were the two "
            f"unrelated, the plane would have one colour; along the diagonal they agree.")
     return Chart(f"{a[:1].upper()}{a[1:]} against {b}, {matrix}", figure, table, how, alt)
+
+
+def _label_places(sparsity: float, axis: str, half: float) -> tuple[dict, dict]:
+    """Where a label of a side that is kept, and of one that goes, stands along an axis: in the middle, or at the edge of the plane where it is narrow."""
+    kept, gone = (1 + sparsity) / 2, sparsity / 2
+    start, end = ("left", "right") if axis == "x" else ("bottom", "top")
+    middle = "center" if axis == "x" else "middle"
+    return tuple({axis: place, f"{axis}anchor": middle} if room >= half else {axis: edge, f"{axis}anchor": side}
+                 for place, room, edge, side in ((kept, 1 - kept, 1, end), (gone, gone, 0, start)))
 
 
 def _brush(cells: int = 32) -> go.Scatter:
