@@ -9,6 +9,7 @@ import torch
 from app import data, state, uploads, widgets
 from dpruner import RunConfig
 from dpruner.calibration import CATALOGUE, builtin_domains
+from dpruner.compensate import HESSIANS
 from dpruner.config import METHODS, split_domain
 from dpruner.files import USUAL_COLUMNS
 from dpruner.formulas import DEFAULT_LAM, FORMULAS
@@ -200,7 +201,9 @@ def more_settings() -> dict:
         "general_mode": b.selectbox("General importance", ["sequential", "static"], **field("general_mode")),
         "evaluate": a.toggle("Measure perplexity", **usual("evaluate", DEFAULT.evaluate)),
         "eval_documents": b.number_input("Held-out documents", 1, **usual("eval_documents", 10)),
+        "baseline_calibration": a.selectbox("wanda, sparsegpt calibrate on", HESSIANS, **field("baseline_calibration")),
         "seed": b.number_input("Seed", 0, **usual("seed", DEFAULT.seed)),
+        "memory": a.text_input("Memory, at most", placeholder="what is free, or such as 16GB", max_chars=20, **field("memory")).strip() or None,
     }
 
 

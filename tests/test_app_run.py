@@ -384,11 +384,20 @@ def test_start_submits_what_the_fields_say(runs, submitted):
     at.number_input(key="run-nsamples").set_value(5)
     at.toggle(key="run-halves").set_value(False)
     at.selectbox(key="run-dtype").set_value("bfloat16")
+    at.selectbox(key="run-baseline_calibration").set_value("mix")
+    at.text_input(key="run-memory").set_value("16GB")
     calm(at.run())
     calm(start(at).click().run())
     assert submitted == [RunConfig(domains=("legal", "code"), methods=("dpruner", "wanda"), sparsity=0.6, formula="taylor", lam=0.3,
-                                   nsamples=5, halves=False, dtype="bfloat16", eval_documents=10)]
+                                   nsamples=5, halves=False, dtype="bfloat16", baseline_calibration="mix", memory="16GB", eval_documents=10)]
     assert "**20300101-000001-new** waits" in words(at)
+
+
+def test_an_amount_of_memory_that_is_none_is_refused(runs, submitted):
+    at = opened()
+    at.text_input(key="run-memory").set_value("plenty")
+    calm(at.run())
+    assert start(at).disabled and "The memory 'plenty' is not known" in words(at)
 
 
 def test_the_paper_recipe_keeps_to_what_the_model_was_built_for(runs, submitted):
@@ -475,7 +484,7 @@ def test_nonsense_in_the_address_gives_way(runs, small):
                 "granularity": "9:1", "formula": "nonsense", "lam": "-1", "nsamples": "-5", "seqlen": "1", "epochs": "abc",
                 "finetune": "maybe", "halves": "?",
                 "evaluate": "", "general_mode": "x", "eval_documents": "nan", "seed": "1e30", "device": "zz", "dtype": "zz",
-                "compensate": "zz", "shown": "../.."}
+                "compensate": "zz", "baseline_calibration": "zz", "shown": "../.."}
     for name, value in nonsense.items():
         at.query_params[f"run-{name}"] = value
     for name, value in {"run": "nonsense", "method": "x", "domain": "x", "block": "x", "module": "x", "sparsity": "-1", "new": "x"}.items():
@@ -487,7 +496,7 @@ def test_nonsense_in_the_address_gives_way(runs, small):
                       "sparsity": 50, "sparsity_of": "prunable", "granularity": "matrix", "formula": "balanced", "lam": None,
                       "nsamples": 64, "seqlen": 128,
                       "epochs": 5, "finetune": False, "halves": True, "evaluate": True, "general_mode": "sequential", "eval_documents": 10,
-                      "seed": 0, "device": None, "dtype": None, "compensate": None, "shown": small.run.id}
+                      "seed": 0, "device": None, "dtype": None, "compensate": None, "baseline_calibration": "general", "shown": small.run.id}
     assert {name: at.session_state[name] for name in state.KEYS} == {
         "run": small.run.id, "method": "dpruner", "domain": "healthcare", "block": 0, "module": "self_attn.q_proj", "sparsity": 50}
 
