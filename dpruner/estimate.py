@@ -162,7 +162,8 @@ def _files(config: RunConfig) -> tuple[int, int]:
     halves = 2 * len(set(pipeline.HALVED) & set(config.methods)) if pipeline.wants_halves(config) else 0
     masks = len(config.methods) + halves
     sides = len({"domain", "general"} - set(config.methods)) if "dpruner" in config.methods else 0
-    ranks = masks + sides - ("sparsegpt" in config.methods) - (config.compensate == "walk" and "dpruner" in config.methods)
+    own = 2 * (config.sides and halves == 2 and "dpruner" in config.methods)   # of the domain's own importance, from the halves
+    ranks = masks + sides + own - ("sparsegpt" in config.methods) - (config.compensate == "walk" and "dpruner" in config.methods)
     return masks * len(config.domains), ranks * len(config.domains)
 
 

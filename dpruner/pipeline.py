@@ -389,7 +389,7 @@ def wants_halves(config: RunConfig) -> bool:
 def score_halves(job: Job, label: str, G: Scores) -> pd.DataFrame:
     """Masks from two halves of the same domain's calibration: what they share is the most that two domains could.
 
-    Saved beside the others under the labels "<domain>~1" and "<domain>~2".
+    Saved beside the others under the labels "<domain>~1" and "<domain>~2"; of the domain's own importance the ranks, where sides are kept.
     """
     job.status.about = f"two halves of {label}"
     run, config, batches, found = job.run, job.config, job.prepared.texts.domains[label], []
@@ -398,6 +398,8 @@ def score_halves(job: Job, label: str, G: Scores) -> pd.DataFrame:
     methods = [m for m in HALVED if m in config.methods]
     for number, half in enumerate((batches[:middle], batches[middle:]), 1):
         S = score_domain(job, f"{label}~{number}", half, G)
+        if config.sides and methods == ["dpruner"]:
+            save_ranks(run, "domain", f"{label}~{number}", S.domain)
         for method in methods:
             scores = S.dual if method == "dpruner" else S.domain
             save_ranks(run, method, f"{label}~{number}", scores)

@@ -200,7 +200,8 @@ def test_plane_and_similarity_show_the_users_own_run(learn, small):
     assert "self_attn.q_proj, healthcare" in words(page) and not page.error
     page = opened("Similarity", mine=True)
     found = next(s for s in small.summary["similarity"] if s["method"] == "dpruner")
-    assert metrics(page)["Two domains, mean"] == f"{found['jaccard']:.3f}" and metrics(page)["Ceiling: halves of one domain"] == f"{found['ceiling']:.3f}"
+    assert metrics(page)["Two domains"] == f"{found['jaccard']:.3f}"
+    assert [metrics(page)[f"½ text: {n}"] for n in ("1 domain", "2 domains")] == [f"{found[side]:.3f}" for side in ("ceiling", "halves")]
 
 
 @pytest.mark.parametrize("share", [0, 50, 90])
@@ -235,9 +236,11 @@ def test_predict_keeps_its_answers_until_one_has_guessed(learn):
 def test_similarity_stands_between_floor_and_ceiling(learn):
     both, alone = opened("Similarity"), opened("Similarity", sides="the domain alone")
     shown_both, shown_alone = metrics(both), metrics(alone)
-    assert float(shown_both["Floor: two random masks"]) == pytest.approx(1 / 3, abs=0.001)
-    assert float(shown_both["Two domains, mean"]) > float(shown_alone["Two domains, mean"])   # the open domain is common to all
-    assert shown_alone["Ceiling: halves of one domain"] == "unknown"
+    for shown in (shown_both, shown_alone):
+        floor, two, one = (float(shown[name]) for name in ("Floor: random masks", "½ text: 2 domains", "½ text: 1 domain"))
+        assert floor == pytest.approx(1 / 3, abs=0.001)
+        assert float(shown["Floor to ceiling"].removesuffix(" %")) == pytest.approx(100 * (two - floor) / (one - floor), abs=0.5)
+    assert float(shown_both["Two domains"]) > float(shown_alone["Two domains"])   # the open domain is common to all
 
 
 def test_speed_says_what_was_measured(learn):

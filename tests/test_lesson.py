@@ -213,7 +213,8 @@ def test_similarities_are_those_of_the_engines_masks(tiny, lesson):
     scores = {d: domain_importance(model, b, G) for d, b in batches.items()}
     masks = {d: make_masks(S.dual, 0.5) for d, S in scores.items()} | {f"{d} alone": make_masks(S.domain, 0.5) for d, S in scores.items()}
     for n, half in enumerate((batches["legal"][:2], batches["legal"][2:]), 1):
-        masks[f"legal~{n}"] = make_masks(domain_importance(model, half, G).dual, 0.5)
+        S = domain_importance(model, half, G)
+        masks |= {f"legal~{n}": make_masks(S.dual, 0.5), f"legal alone~{n}": make_masks(S.domain, 0.5)}
     for n, d in enumerate(lesson.config.domains[:2], 1):
         masks[f"random {n}"] = make_masks(baselines.random(model, lesson.config.seed, d), 0.5)
     expected = similarity.count_dense(masks)

@@ -87,10 +87,12 @@ def failed(run_folder: Path, state: str = "failed") -> dict:
 
 
 def test_the_run_folder_holds_what_the_design_says_and_nothing_else(small):
-    # beside the masks of the run: those of two halves of each domain's text, and ranks of the two sides that the dual score weighs
+    # beside the masks of the run: those of two halves of each domain's text, and ranks of the two sides that the dual score weighs,
+    # the domain's from the halves too
     masks = {f"{method}@{domain}" for method in small.config.methods for domain in small.config.domains}
     masks |= {f"dpruner@{domain}~{half}" for domain in small.config.domains for half in (1, 2)}
     ranks = masks | {f"{side}@{domain}" for side in ("domain", "general") for domain in small.config.domains}
+    ranks |= {f"domain@{domain}~{half}" for domain in small.config.domains for half in (1, 2)}
     names = {f"{kind}/{name}.safetensors" for kind, of in (("masks", masks), ("ranks", ranks), ("edges", ranks)) for name in of}
     assert files_in(small.run.folder) == names | {"run.json", "status.json", "stats.parquet", "metrics.parquet", "losses.parquet"}
     assert small.run.pairs() == sorted((method, domain) for method in small.config.methods for domain in small.config.domains)

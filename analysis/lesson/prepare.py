@@ -189,7 +189,7 @@ def alike(job: Job, runs: Path, G: Scores, path: Path) -> None:
     config = RunConfig.from_dict(base.config)
     labels = [d for d in config.domains]
     files = {label: base.path("ranks", "dpruner", label) for d in labels for label in (d, f"{d}~1", f"{d}~2")}
-    files |= {f"{d} alone": base.path("ranks", "domain", d) for d in labels}
+    files |= {f"{d} alone{half}": base.path("ranks", "domain", f"{d}{half}") for d in labels for half in ("", "~1", "~2")}
     files |= {f"random {n}": base.path("ranks", "random", d) for n, d in enumerate(labels[:2], 1)}
     counts = [similarity.count_ranks(files, sparsity) for sparsity in STEPS[1:]]
     job.status.step("similarity", 1, 1)
@@ -204,8 +204,8 @@ def base_run(job: Job, runs: Path) -> Run | None:
     for run in store.find_runs(runs):
         try:
             if run.status["state"] == "done" and RunConfig.from_dict(run.config) == job.config and \
-                    run.record["model"]["fingerprint"] == job.prepared.fingerprint and run.path("edges", "random",
-                                                                                                job.config.domains[1]).is_file():
+                    run.record["model"]["fingerprint"] == job.prepared.fingerprint and \
+                    all(run.path("edges", *pair).is_file() for pair in (("random", job.config.domains[1]), ("domain", f"{job.config.domains[1]}~2"))):
                 return run
         except (InputError, KeyError):
             continue

@@ -20,18 +20,13 @@ SIDES = {BOTH: "", "the domain alone": " alone"}   # what its labels end with
 
 
 def pairs_of(counts: similarity.Counts, domains: list[str]) -> pd.DataFrame:
-    """Every two domains' masks, with the ceiling of each pair: the mean of what the halves of either share."""
+    """Every two domains' masks; and of masks from half the text each, the ceiling and what the two domains share, NaN where there are none."""
     found = similarity.pairs(counts.only(domains))
-    halves = {d: ceiling_of(counts, d) for d in domains}
-    return found.assign(ceiling=[(halves[a] + halves[b]) / 2 for a, b in zip(found.a, found.b, strict=True)])
-
-
-def ceiling_of(counts: similarity.Counts, domain: str) -> float:
-    """What masks from two halves of one domain's text share; NaN where there are no halves."""
-    labels = [f"{domain}~1", f"{domain}~2"]
-    if not set(labels) <= set(counts.labels):
-        return float("nan")
-    return similarity.mean_of_pairs(similarity.similarity(counts.only(labels)))["model"]
+    halves = [f"{d}~{n}" for d in domains for n in (1, 2)]
+    if not set(halves) <= set(counts.labels):
+        return found.assign(ceiling=np.nan, halves=np.nan)
+    cut, (i, j) = similarity.halves(counts.only(halves))["model"], np.triu_indices(len(domains), 1)
+    return found.assign(ceiling=cut.same[i, j], halves=cut.other[i, j])
 
 
 # ---- step 7
@@ -58,7 +53,7 @@ def predict(run: Run) -> None:
         guess = st.radio("2. Two masks are drawn at random, each keeps half. What share of the weights that either keeps do both keep "
                          "(%)?", shown,
                          index=None, key="learn-guess-random", horizontal=True)
-        if guess is not None or everything:
+        if answered := guess is not None or everything:
             value = float(random.jaccard.iloc[0])
             verdict(guess, 33, f"**{percent(value, 2)}**, counted over {int(random.weights.iloc[0]):,} weights. Both keep a quarter, either "
                                "keeps three quarters: a third. So a third means nothing in common.")
@@ -77,9 +72,12 @@ def predict(run: Run) -> None:
                                             f"{percent(float(shares.min()))}. Their scores are divided by one mean for the whole model, so "
                                             "they compare.")
             widgets.chart(figures.whole_model_chart(rows, found["sparsity"]), "learn-predict-modules")
-    formula(r"J(A, B) = \frac{|A\cap B|}{|A\cup B|}, \qquad J_\text{random} = \frac{p^2}{2p-p^2} = \frac13\ \text{ at } p=\tfrac12", {
-        "A, B": "the sets of weights that two masks keep", "J": "Jaccard similarity: both over either",
-        "p": "the share that each keeps"})
+    symbols = {"A, B": "the sets of weights that two masks keep", "J": "Jaccard similarity: both over either"}
+    if answered:   # it would tell what the second question asks
+        formula(r"J(A, B) = \frac{|A\cap B|}{|A\cup B|}, \qquad J_\text{random} = \frac{p^2}{2p-p^2} = \frac13\ \text{ at } p=\tfrac12",
+                symbols | {"p": "the share that each keeps"})
+    else:
+        formula(r"J(A, B) = \frac{|A\cap B|}{|A\cup B|}", symbols)
 
 
 def close(table: pd.DataFrame, names: list[str]) -> str:
@@ -147,27 +145,31 @@ def between(run: Run) -> None:
     if (table.jaccard == 1).all():
         st.info("These masks are the same, weight by weight: there is nothing to draw. Choose another sparsity.")
         return
-    mean, floor, ceiling = (float(table[c].mean()) for c in ("jaccard", "floor", "ceiling"))
-    cells = st.columns(4)
-    cells[0].metric("Floor: two random masks", f"{floor:.3f}")
-    cells[1].metric("Two domains, mean", f"{mean:.3f}")
-    cells[2].metric("Ceiling: halves of one domain", f"{ceiling:.3f}" if np.isfinite(ceiling) else "unknown")
-    cells[3].metric("From floor to ceiling", percent(similarity.of_the_way(mean, floor, ceiling), 0))
+    mean, floor, ceiling, other = (float(table[c].mean()) for c in ("jaccard", "floor", "ceiling", "halves"))
+    way = similarity.of_the_way(other, floor, ceiling)
+    told = [("Floor: random masks", f"{floor:.3f}"), ("Two domains", f"{mean:.3f}"), ("½ text: 2 domains", f"{other:.3f}"),
+            ("½ text: 1 domain", f"{ceiling:.3f}"), ("Floor to ceiling", percent(way))]
+    for place, (label, value) in zip(st.columns(5), told, strict=True):
+        place.metric(label, value if np.isfinite(other) or label in ("Floor: random masks", "Two domains") else "unknown")
     widgets.chart(alike.pair_dots(table), "learn-alike-dots")
-    formula(r"\text{from floor to ceiling} = \frac{J - J_\text{floor}}{J_\text{ceiling} - J_\text{floor}}", {
-        "J": "a dot: what the masks of two domains share",
+    if np.isfinite(way):
+        st.markdown(f"From half the text each, masks of two domains go **{percent(way)}** of the way from chance to what masks of one domain share. "
+                    f"What is missing, {ceiling - other:.3f}, is what the domains make of it: " + (
+                        "little beside what any text asks for." if way > 0.9 else "here the subject of a text decides about many weights."))
+    formula(r"\text{from floor to ceiling} = \frac{J_{\text{two}} - J_\text{floor}}{J_\text{one} - J_\text{floor}}", {
         r"J_\text{floor}": f"the line at the left: what random masks share that keep as much, {floor:.3f} at {share:.0%}",
-        r"J_\text{ceiling}": "the marks at the right: what masks share that were made from two halves of the same domain's text. Two "
-                             "domains are as alike as can be when they share that much. Each half has only half the text, so the true "
-                             "ceiling lies a little higher, and a pair may come out above it"})
+        r"J_\text{two}": "an open circle: what masks of two domains share, each made from half of its domain's text",
+        r"J_\text{one}": "a mark at the right, the ceiling: what masks from the two halves of one domain's text share. Masks from different texts "
+                         "differ even then; two domains can hardly be more alike. Both come from half the text because less text makes a mask "
+                         "noisier: the filled dot, from all the text, lies to the right for that reason alone, and compares with neither"})
 
 
 ALIKE = Step(
     "Similarity", "How alike are two domains, really?", ("alike.safetensors",), between,
-    "Compare **general + domain** with **the domain alone**: where do the masks of two domains differ more, and why? Then move the "
-    "sparsity to 90 %.",
+    "Compare **general + domain** with **the domain alone**: which masks of two domains lie farther below the ceiling, and why? Then move "
+    "the sparsity to 90 %.",
     "A paper reports that the masks of two domains share 60 %. What two numbers do you ask for?",
-    "What random masks of that sparsity would share (the floor), and what two masks of the same domain share when each is made from half "
-    "of its text (the ceiling). If the ceiling is 62 %, the domains are as alike as a domain is to itself; if it is 95 %, they differ "
-    "much.",
+    "What random masks of that sparsity would share (the floor), and what two masks of one domain share that were made from different "
+    "texts, as much of it as the paper's masks (the ceiling). If the ceiling is 62 %, the domains are almost as alike as a domain is to "
+    "itself; if it is 95 %, they differ much.",
     {"similarity": "Similarity in my run, by layer and module"})
