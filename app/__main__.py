@@ -1,4 +1,4 @@
-"""`python -m app`: the app on http://127.0.0.1:8501; options of `streamlit run` may follow.
+"""`python -m app`: the app on http://127.0.0.1:8501.
 
 The libraries are loaded and the demonstration is on its way before the browser opens, so that its first page is there at once.
 """
@@ -11,6 +11,14 @@ from pathlib import Path
 
 MAIN = Path(__file__).with_name("main.py")
 LOCAL = "127.0.0.1"
+HELP = f"""python -m app [OPTION ..]: D-Pruner Studio on http://{LOCAL}:8501; ctrl-C ends it, runs go on.
+
+  --server.port 8502         another port
+  --server.address 0.0.0.0   open to the network, without a password (default {LOCAL}: this machine only)
+  --server.headless true     do not open a browser
+
+Options of `streamlit run` all work; `streamlit run --help` lists them. Runs lie in ./runs and what they share in ./cache, or where the
+environment variables DPRUNER_RUNS and DPRUNER_CACHE say."""
 OPEN = ("The app is open to the network at {}: whoever reaches this machine can start runs on it, read and delete its run folders, bring files, and "
         "name any model folder or text file that you can read; there is no password. Leave --server.address out to keep it to this machine.")
 
@@ -36,6 +44,9 @@ def is_local(address: str) -> bool:
 
 def main() -> None:
     """Get ready, then serve until ctrl-C."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(HELP)
+        return
     where = address(sys.argv[1:])
     if not is_local(where):
         print(f"  {OPEN.format(where)}", file=sys.stderr, flush=True)

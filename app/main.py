@@ -1,6 +1,7 @@
 """Navigation only: `python -m app` serves it."""
 
 import gc
+from pathlib import Path
 
 import streamlit as st
 
@@ -8,7 +9,8 @@ from app import demo, state, widgets
 from dpruner import memory
 from dpruner.errors import InputError
 
-st.set_page_config(page_title="D-Pruner Studio", page_icon=":material/content_cut:", layout="wide")
+ICON = str(Path(__file__).with_name("icon.svg"))   # a named icon would be fetched from the network
+st.set_page_config(page_title="D-Pruner Studio", page_icon=ICON, layout="wide")
 
 PAGES = {
     "": [st.Page("views/run.py", title="Run", icon=":material/play_circle:", default=True)],

@@ -74,6 +74,20 @@ _COPY_LINK = st.components.v2.component(
           }""")
 
 
+_TO_TOP = st.components.v2.component(
+    "to_top", html="<span></span>",   # without any content it is not drawn
+    js="""export default ({data, parentElement}) => {
+            const before = parentElement.shown
+            parentElement.shown = data
+            if (before !== undefined && before !== data) document.querySelector("[data-testid=stMain]").scrollTo(0, 0)
+          }""")
+
+
+def to_top(shown: str) -> None:
+    """Begin at the top of the page when something else is shown than before: a button at its foot would leave the reader there."""
+    _TO_TOP(data=shown, key="to-top")
+
+
 def copy_link() -> None:
     """A button that copies the address of this very view, selection included."""
     _COPY_LINK()

@@ -28,9 +28,16 @@ def beside(at: int) -> None:
 
 st.title("Learn")
 st.caption("Dual pruning in nine steps. Every number is computed by the engine, on this machine; every step has a link of its own.")
+if "_learn-return" in st.session_state:
+    st.session_state["learn-step"] = st.session_state.pop("_learn-return")
 start = {} if "learn-step" in st.session_state else {"default": NAMES[0]}   # a default and a state at once is what Streamlit warns of
 chosen = st.segmented_control("Steps", NAMES, **start, key="learn-step", bind="query-params", required=True, label_visibility="collapsed",
                               width="stretch")
+if chosen is None:   # a browser that went back to this page brings no step: the one that was read last is shown
+    st.session_state["_learn-return"] = st.session_state.get("_learn-step", NAMES[0])
+    st.rerun()
+st.session_state["_learn-step"] = chosen
+widgets.to_top(chosen)
 at = NAMES.index(chosen)
 with widgets.guarded():
     lesson = job.ensure()
