@@ -32,11 +32,13 @@ start = {} if "learn-step" in st.session_state else {"default": NAMES[0]}   # a 
 chosen = st.segmented_control("Steps", NAMES, **start, key="learn-step", bind="query-params", required=True, label_visibility="collapsed",
                               width="stretch")
 at = NAMES.index(chosen)
+later = None
 with widgets.guarded():
     lesson = job.ensure()
     if worker.state(lesson)["state"] != "done":
         job.progress(lesson, job.ready(lesson))
     st.subheader(f"{at + 1}. {STEPS[chosen].question}", anchor=False)
-    with widgets.guarded():
-        step.draw(STEPS[chosen], lesson)
+    later = step.draw(STEPS[chosen], lesson)
 beside(at)
+if later:
+    later()
