@@ -6,6 +6,7 @@ The libraries are loaded and the demonstration is on its way before the browser 
 import importlib
 import ipaddress
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def main() -> None:
     if not is_local(where):
         print(f"  {OPEN.format(where)}", file=sys.stderr, flush=True)
     print("  D-Pruner Studio is getting ready …", flush=True)
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")   # as for runs, before torch is loaded: beside one, spinning costs ten times
     logging.getLogger("streamlit.runtime.caching").setLevel(logging.ERROR)   # the pages' caches are made before there is a server
     from app import demo
     from dpruner.errors import InputError

@@ -38,13 +38,14 @@ class Taylor:
         self.batches += part.start == 0
         self.squares[part].addcmul_(g, g)
         u = g * self.w[part]
-        self._count(self.of_domain[part], u)
+        self.of_domain[part].add_(self.term(u))
         # g' = g (1 + 2 λ α² G h), so u' is u times the same factor
-        self._count(self.of_both[part], u.addcmul_(u, self.squares[part] * self.G[part], value=self.penalty / self.batches.item()))
+        self.of_both[part].add_(self.term(u.addcmul_(u, self.squares[part] * self.G[part], value=self.penalty / self.batches.item())))
 
     @staticmethod
-    def _count(total: torch.Tensor, u: torch.Tensor) -> None:
-        total.add_(torch.addcmul(u, u, u, value=-0.5).abs_())
+    def term(u: torch.Tensor) -> torch.Tensor:
+        """What one batch adds."""
+        return torch.addcmul(u, u, u, value=-0.5).abs_()
 
     def domain(self, count: int) -> torch.Tensor:
         return self.of_domain.div_(count)
@@ -67,14 +68,14 @@ class Release:
     def add(self, g: torch.Tensor, part: slice) -> None:
         g = g * RELEASE_SCALE
         w = precise(self.w[part])
-        u = g * w
-        self._count(self.of_domain[part], u, w)
-        self._count(self.of_both[part], u.addcmul_(u, g.mul_(self.G[part]), value=self.penalty), w)   # g' = g (1 + penalty · G · g)
+        u, cube = g * w, w**3
+        self.of_domain[part].add_(self.term(u, cube))
+        self.of_both[part].add_(self.term(u.addcmul_(u, g.mul_(self.G[part]), value=self.penalty), cube))   # g' = g (1 + penalty · G · g)
 
     @staticmethod
-    def _count(total: torch.Tensor, u: torch.Tensor, w: torch.Tensor) -> None:
-        score = torch.addcmul(u, u, u, value=1 / (2 * RELEASE_COUNT))
-        total.add_(score.add_(w**3).abs_())
+    def term(u: torch.Tensor, cube: torch.Tensor) -> torch.Tensor:
+        """What one batch adds; `cube` is w³."""
+        return torch.addcmul(u, u, u, value=1 / (2 * RELEASE_COUNT)).add_(cube).abs_()
 
     def domain(self, count: int) -> torch.Tensor:
         return self.of_domain

@@ -13,10 +13,11 @@ from test_app_layers import figure, shown
 
 from analysis.chart import number
 from analysis.lesson import numbers, prepare
-from app import demo, state
-from app.lesson import job
-from dpruner import store, worker
+from app import demo, resident, state
+from app.lesson import counting, job
+from dpruner import InputError, store, worker
 from dpruner.domain import domain_importance
+from dpruner.formulas import FORMULAS
 from dpruner.loading import load_model
 from dpruner.masks import make_masks
 from dpruner.model import prunable_linears
@@ -176,13 +177,55 @@ def test_a_sentence_of_ones_own_is_read_and_counted(learn):
     assert f"Read as {ids[0].shape[1]} tokens" in said and not page.error
     name = next(iter(prunable_linears(model)))
     assert f"| matrix | **{int((with_G[name] ^ without[name]).sum()):,}** |" in said
-    assert f"| model | **{sum(int((with_G[n] ^ without[n]).sum()) for n in with_G):,}** |" in said
+    flips, of = sum(int((with_G[n] ^ without[n]).sum()) for n in with_G), sum(m.numel() for m in with_G.values())
+    assert f"| model | **{flips:,}** |" in said and "counting" not in said
+    curves = {t["name"]: t for t in figure(page, "learn-lambda")["data"] if "lines" in t["mode"]}
+    assert set(curves) == set(FORMULAS) and flips / of in list(shown(curves["balanced"]["y"]))
 
 
-@pytest.mark.parametrize("text, said", [(" ", "There is no sentence to read"), ("x" * 399, "too long")])
+def test_tile_and_matrix_stand_there_before_the_model_is_counted(learn, monkeypatch):
+    """General importance is only needed for the model: without it the rest of the page is complete, and says what is missing."""
+    def gone(run):
+        raise InputError("The whole model cannot be counted", "it is gone", "make it anew")
+
+    monkeypatch.setattr(job, "general", gone)
+    page = opened("Sentence", sentence="The patient sleeps badly.")
+    said = words(page)
+    assert "| tile | **" in said and "| matrix | **" in said and "| model |" not in said
+    assert "The whole model cannot be counted: it is gone; make it anew." in said and page.button(key="learn-next") and not page.error
+
+
+def test_an_interrupted_count_goes_on_and_keeps_nobody_from_the_model(learn, monkeypatch):
+    text, counted = "Rest and water help against a cold.", []
+    monkeypatch.setattr(counting, "TOLD", 0)
+    plain = numbers.changed
+    monkeypatch.setattr(numbers, "changed", lambda *args: (counted.append(resident._turn.locked()), plain(*args))[1])
+    monkeypatch.setattr(numbers.os, "cpu_count", lambda: 1)
+
+    def click(done, of):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        counting.counted(learn.run, text, "taylor", tell=click)
+    assert counting.counted(learn.run, text, "taylor") is None
+    told = []
+    found = counting.counted(learn.run, text, "taylor", tell=lambda done, of: told.append((done, of)))
+    matrices = told[0][1]
+    assert told == [(done, matrices) for done in range(3, matrices)]
+    assert len(counted) <= matrices + 2 and not any(counted)   # what was under way when it was interrupted is counted again
+    assert found.from_zero.tolist() == counting.counted(learn.run, text, "taylor").from_zero.tolist()
+    model, tokenizer = load_model(learn.config.model)
+    G, ids = store.read_scores(next((learn.cache / "general").glob("*.safetensors"))), [torch.tensor([tokenizer(text).input_ids])]
+    masks = [make_masks(domain_importance(model, ids, G, "taylor", lam).dual, 0.5) for lam in (1e11, 0.0)]
+    assert found.from_zero.iloc[-1] == sum(int((masks[0][n] ^ masks[1][n]).sum()) for n in G)
+
+
+@pytest.mark.parametrize("text, said", [(" ", "There is no sentence to read"), ("x" * 399, "too long"), ("rest " * 10_000, "too long"),
+                                        ("🙂🙂🙂", "There is no word")])
 def test_a_sentence_that_cannot_be_read_is_said_in_one_sentence(learn, text, said):
     page = opened("Sentence", sentence=text)
-    assert len(page.error) == 1 and said in page.error[0].value and page.button(key="learn-next")
+    assert len(page.error) == 1 and said in page.error[0].value and page.button(key="learn-next") and "Check yourself." in words(page)
 
 
 def test_plane_counts_the_four_regions(learn):

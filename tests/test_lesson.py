@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import numpy as np
 import oracle
@@ -98,6 +99,7 @@ def test_a_sentence_is_scored_as_the_engine_scores_a_batch(tiny, formula, lam):
     for name, m in prunable_linears(model).items():
         dual, domain = numbers.scored(formula, lam, m.weight.detach(), read.gradients[name], G[name])
         assert torch.equal(dual, S.dual[name]) and torch.equal(domain, S.domain[name])
+        assert torch.equal(numbers.by_lambda(formula, m.weight.detach(), read.gradients[name], G[name])(lam), S.dual[name])
 
 
 @pytest.mark.parametrize("formula", FORMULAS)
@@ -118,11 +120,26 @@ def test_flips_are_counted_against_no_general_side_and_against_the_usual_one(tin
         assert row["weights"] == sum(m.numel() for m in here.values())
 
 
-@pytest.mark.parametrize("text, said", [("", "no sentence"), ("   ", "no sentence"), ("a " * 400, "too long")])
+@pytest.mark.parametrize("text, said", [("", "no sentence"), ("   ", "no sentence"), ("🙂 🙂!", "no word"), ("a", "too short"),
+                                        ("words " * 10_000, "too long: it has .* tokens, and the model reads 128 at most")])
 def test_what_cannot_be_read_is_said(tiny, text, said):
     model, tokenizer, *_ = tiny
     with pytest.raises(InputError, match=said):
         numbers.read_sentence(model, tokenizer, text)
+
+
+def test_whoever_stops_reading_stops_the_counting(tiny, monkeypatch):
+    model, tokenizer, _, _, G, _ = tiny
+    weights = {n: m.weight.detach() for n, m in prunable_linears(model).items()}
+    gradients, begun = numbers.read_sentence(model, tokenizer, prepare.SENTENCE).gradients, []
+    monkeypatch.setattr(numbers.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(numbers, "changed", lambda formula, w, *rest: (begun.append(w), time.sleep(0.05)))
+    found = numbers.changed_by_matrix("balanced", weights, gradients, G, 0.5)
+    next(found)
+    found.close()
+    before = len(begun)
+    time.sleep(0.2)
+    assert len(begun) <= 3 < len(weights) and len(begun) - before <= 1
 
 
 # ---- single weights written out

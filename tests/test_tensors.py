@@ -167,6 +167,18 @@ def test_lowest_takes_exactly_that_many_the_first_of_equals():
     assert chosen.tolist() == [[False, True, True, False], [True, True, False, False]]
 
 
+@pytest.mark.parametrize("values", [np.random.default_rng(0).normal(size=40_000), np.random.default_rng(1).normal(size=40_000).round(1),
+                                    np.linspace(-1, 1, 20_001), np.zeros(20_000), np.random.default_rng(2).normal(size=30_000) ** 9,
+                                    np.where(np.arange(20_000) % 27, 0, 1e9)], ids=["normal", "ties", "in order", "equal", "long tails", "misleading"])
+@pytest.mark.parametrize("share", [0.0001, 0.03, 0.5, 0.97, 1])
+def test_of_many_the_lowest_are_those_of_sorting(values, share):
+    """A sample chooses where to look; also one that misleads: every value that it sees is 1e9, or there is one value only."""
+    values, count = values.astype(np.float32), max(1, round(share * len(values)))
+    expected = np.zeros(len(values), dtype=bool)
+    expected[values.argsort(kind="stable")[:count]] = True
+    assert np.array_equal(lowest(torch.from_numpy(values)[None], count)[0].numpy(), expected)
+
+
 @pytest.mark.parametrize(("arguments", "said"), [
     ({"sparsity": 1.5}, "from 0 to 1"), ({"sparsity": -0.1}, "from 0 to 1"), ({"sparsity": float("nan")}, "from 0 to 1"), ({}, "No sparsity"),
     ({"sparsity": 0.5, "granularity": "column"}, "granularity"), ({"sparsity": 0.5, "granularity": "4:2"}, "granularity"),

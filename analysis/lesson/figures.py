@@ -148,8 +148,8 @@ def lambda_curves(table: pd.DataFrame, formula: str, lam: float) -> Chart:
         table: columns formula, lam, from_zero, weights, as `numbers.changed_everywhere` makes them.
     """
     figure = new_figure(height=330)
-    for i, (name, rows) in enumerate(table.groupby("formula", sort=False)):
-        style = look(i)
+    for name, rows in table.groupby("formula", sort=False):
+        style = look(list(DEFAULT_LAM).index(name))   # the same whichever are there
         share = (rows["from_zero"] / rows["weights"]).to_numpy()
         figure.add_trace(go.Scatter(x=rows["lam"].to_numpy(), y=share, name=name, mode="lines+markers",
                                     customdata=rows["from_zero"].to_numpy(),

@@ -1,6 +1,8 @@
 """What the lesson shows of one linear and of one sentence, computed by the engine's own formulas. Tensors in, numbers out."""
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,12 +13,12 @@ from torch import nn
 
 from dpruner.domain import ALPHA, stream_gradients
 from dpruner.errors import InputError
-from dpruner.formulas import DEFAULT_LAM, FORMULAS, balanced, relative_
+from dpruner.formulas import (DEFAULT_LAM, FORMULAS, RELEASE_COUNT, RELEASE_SCALE, Release, Taylor, balanced, inverse, means_of,
+                              relative_)
 from dpruner.general import SPARSITY, release_cut, saliency, sweep_group
-from dpruner.generate import prompt_ids
 from dpruner.hessian import Hessian, dampen, dead_inputs, factor
 from dpruner.masks import Scores, as_rows, lowest, make_masks, precise
-from dpruner.model import prunable_linears, stored_transposed
+from dpruner.model import max_length, prunable_linears, stored_transposed
 from dpruner.obs import sweep
 from dpruner.walk import linear_inputs, stack
 
@@ -149,7 +151,11 @@ def read_sentence(model: nn.Module, tokenizer, text: str) -> Sentence:
     """
     if not text.strip():
         raise InputError("There is no sentence to read", "the field is empty", "write at least two words")
-    ids = prompt_ids(model, tokenizer, text)
+    if not any(sign.isalnum() for sign in text):
+        raise InputError("There is no word in the sentence", "signs alone say nothing about a domain", "write at least two words")
+    ids, limit = tokenizer(text, verbose=False).input_ids, max_length(model)
+    if limit and len(ids) > limit:
+        raise InputError("The sentence is too long", f"it has {len(ids):,} tokens, and the model reads {limit} at most", "shorten it")
     if len(ids) < 2:
         raise InputError("The sentence is too short", "there is no next token to predict in it", "write at least two words")
     gradients = {n: torch.zeros_like(precise(m.weight.detach())) for n, m in prunable_linears(model).items()}
@@ -186,27 +192,57 @@ def kept_by(formula: str, lam: float, w, g, G, sparsity: float) -> torch.Tensor:
     return make_masks({"": scored(formula, lam, w, g, G)[0]}, sparsity)[""]
 
 
-def changed(formula: str, w, g, G, sparsity: float, lambdas: Sequence[float] = LAMBDAS) -> tuple[np.ndarray, np.ndarray]:
-    """Decisions of one matrix that differ from those of λ = 0, and from those of the formula's own λ, at every λ; int64 (lambdas,) each."""
-    usual = DEFAULT_LAM[formula]
-    masks = {lam: kept_by(formula, lam, w, g, G, sparsity) for lam in {0.0, usual, *lambdas}}
-    return tuple(np.array([int((masks[lam] ^ masks[other]).sum()) for lam in lambdas], dtype=np.int64) for other in (0.0, usual))
+def by_lambda(formula: str, w: torch.Tensor, g: torch.Tensor, G: torch.Tensor) -> Callable[[float], torch.Tensor]:
+    """The dual score of `scored`, to the bit, as a function of λ: what λ does not enter is computed once.
+
+    Args:
+        w, g, G: of one matrix, as stored.
+    """
+    if formula == "balanced":
+        domain, share = scored(formula, 0.0, w, g, G)[0], inverse(means_of({"": G}, "matrix")[""])
+        return lambda lam: torch.add(domain, G.to(domain), alpha=lam * share)
+    if formula == "taylor":
+        u, pull = g * w, g.square() * G
+        return lambda lam: Taylor.term(torch.addcmul(u, u, pull, value=2 * lam * ALPHA**2))
+    scaled, cube = g * RELEASE_SCALE, precise(w)**3
+    u, pull = scaled * precise(w), scaled * G
+    return lambda lam: Release.term(torch.addcmul(u, u, pull, value=lam * 2 * ALPHA**2 / RELEASE_COUNT), cube)
 
 
-def changed_everywhere(formula: str, weights: Mapping[str, torch.Tensor], gradients: Mapping[str, torch.Tensor],
-                       G: Mapping[str, torch.Tensor],
-                       sparsity: float, progress: Callable[[int, int], None] = lambda done, total: None) -> pd.DataFrame:
+def changed(formula: str, w: torch.Tensor, g: torch.Tensor, G: torch.Tensor, sparsity: float,
+            lambdas: Sequence[float] = LAMBDAS) -> np.ndarray:
+    """Decisions of one matrix that differ from those of λ = 0 and from those of the formula's own λ, at every λ.
+
+    Returns:
+        int64 (2, lambdas).
+    """
+    score, count, usual = by_lambda(formula, w, g, G), round(sparsity * w.numel()), DEFAULT_LAM[formula]
+    gone = {lam: lowest(score(lam).reshape(1, -1), count) for lam in {0.0, usual, *lambdas}}
+    return np.array([[int((gone[lam] ^ gone[other]).sum()) for lam in lambdas] for other in (0.0, usual)], dtype=np.int64)
+
+
+def changed_by_matrix(formula: str, weights: Mapping[str, torch.Tensor], gradients: Mapping[str, torch.Tensor],
+                      G: Mapping[str, torch.Tensor], sparsity: float,
+                      lambdas: Sequence[float] = LAMBDAS) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, `changed`) of one matrix after the other, as many at a time as there are cores; whoever stops reading stops the counting."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        counts = {n: pool.submit(changed, formula, w, gradients[n], G[n].to(w.device), sparsity, lambdas) for n, w in weights.items()}
+        try:
+            for name, count in counts.items():
+                yield name, count.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def changed_everywhere(formula: str, counts: Collection[np.ndarray], weights: int, lambdas: Sequence[float] = LAMBDAS) -> pd.DataFrame:
     """`changed` summed over all matrices.
 
     Args:
-        progress: called with (matrices done, matrices).
+        counts: of every matrix.
+        weights: of all of them.
 
     Returns:
         Columns formula, lam, from_zero, from_usual, weights: decisions that differ from λ = 0 and from the formula's own λ, of how many.
     """
-    total, size = np.zeros((2, len(LAMBDAS)), dtype=np.int64), 0
-    for done, (name, w) in enumerate(weights.items()):
-        progress(done, len(weights))
-        total += changed(formula, w, gradients[name], G[name].to(w.device), sparsity)
-        size += w.numel()
-    return pd.DataFrame({"formula": formula, "lam": LAMBDAS, "from_zero": total[0], "from_usual": total[1], "weights": size})
+    from_zero, from_usual = sum(counts)
+    return pd.DataFrame({"formula": formula, "lam": lambdas, "from_zero": from_zero, "from_usual": from_usual, "weights": weights})

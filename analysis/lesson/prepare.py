@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from analysis import results, similarity
-from analysis.lesson.numbers import changed_everywhere, first_layer, read_sentence
+from analysis.lesson.numbers import changed_by_matrix, changed_everywhere, first_layer, read_sentence
 from dpruner import pipeline, store, worker
 from dpruner.config import RunConfig
 from dpruner.domain import DomainImportance, domain_importance
@@ -163,10 +163,13 @@ def flips(job: Job, G: Scores, path: Path) -> None:
     model = job.prepared.model
     found = read_sentence(model, job.prepared.tokenizer, SENTENCE)
     weights = {n: m.weight.detach() for n, m in prunable_linears(model).items()}
-    rows = []
+    rows, total = [], sum(w.numel() for w in weights.values())
     for at, formula in enumerate(FORMULAS):
-        rows += changed_everywhere(formula, weights, found.gradients, G, SPARSITY, lambda done, total, at=at: job.status.step(
-            "what λ decides", at * total + done, len(FORMULAS) * total)).to_dict("records")
+        counts = []
+        for _, count in changed_by_matrix(formula, weights, found.gradients, G, SPARSITY):
+            job.status.step("what λ decides", at * len(weights) + len(counts), len(FORMULAS) * len(weights))
+            counts.append(count)
+        rows += changed_everywhere(formula, counts, total).to_dict("records")
     job.status.step("what λ decides", 1, 1)
     store.write_json(path, {"rows": rows})
 

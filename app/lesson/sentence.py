@@ -1,6 +1,8 @@
 """Step 4: the gradient of a sentence, the score it gives, and what λ adds."""
 
 import json
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -10,12 +12,11 @@ import torch
 
 from analysis.chart import percent
 from analysis.lesson import arithmetic, figures, numbers, prepare
-from app import resident, widgets
-from app.lesson import job
+from app import widgets
+from app.lesson import counting, job
 from app.lesson.step import Step, cell, formula, take_click, window, written_out
 from dpruner.errors import InputError
 from dpruner.formulas import DEFAULT_LAM, FORMULAS
-from dpruner.model import prunable_linears
 from dpruner.store import Run
 
 POWERS = tuple(round(float(np.log10(lam))) for lam in numbers.LAMBDAS)
@@ -54,20 +55,11 @@ def prepared(run: Run) -> Read:
     return Read(told["text"], json.loads(told["tokens"]), float(told["loss"]), found["g"])
 
 
-@st.cache_resource(max_entries=2, show_spinner="Reading the sentence, forwards and backwards …")   # a gradient is as large as the model
-def typed(text: str, _run: Run, folder: str) -> numbers.Sentence:
+@st.cache_resource(max_entries=64, show_spinner="Reading the sentence, forwards and backwards …")
+def typed(text: str, _run: Run, folder: str) -> Read:
     """A sentence of the user; not to be changed."""
-    with resident.taken(_run) as found:
-        return numbers.read_sentence(found.model, found.tokenizer, text)
-
-
-@st.cache_data(max_entries=32, show_spinner="Counting the decisions of the whole model at every λ …")
-def everywhere(text: str, formula_name: str, _run: Run, folder: str) -> pd.DataFrame:
-    """Decisions of the whole model that each λ changes, for a sentence of the user."""
-    read, G = typed(text, _run, folder), job.general(_run)
-    with resident.taken(_run) as found:
-        weights = {n: m.weight.detach() for n, m in prunable_linears(found.model).items()}
-        return numbers.changed_everywhere(formula_name, weights, read.gradients, G, prepare.SPARSITY)
+    found = counting.read(text, _run, folder)
+    return Read(found.text, found.tokens, found.loss, next(iter(found.gradients.values())).cpu())
 
 
 @st.cache_data(max_entries=64, show_spinner=False)
@@ -80,8 +72,8 @@ def in_matrix(text: str, formula_name: str, power: int, _w, _g, _G, when: tuple)
     return {"S": dual.numpy(), "domain": domain.numpy(), **masks}
 
 
-def sentence(run: Run) -> None:
-    """The sentence, the λ, the tile with its flips, and the counts."""
+def sentence(run: Run) -> Callable[[], None] | None:
+    """The sentence, the λ, the tile with its flips, and the counts; where the whole model is still to be counted, what does that."""
     first, second = st.columns([3, 2], gap="medium")
     start = {} if "learn-sentence" in st.session_state else {"value": prepare.SENTENCE}
     text = first.text_input("A sentence of the domain", key="learn-sentence", bind="query-params", max_chars=400, **start,
@@ -90,8 +82,7 @@ def sentence(run: Run) -> None:
     name = second.segmented_control("Formula", list(FORMULAS), default="balanced", key="learn-formula", bind="query-params", required=True)
     read = prepared(run)
     if text.strip() != read.text:
-        found = typed(text.strip(), run, str(run.folder))
-        read = Read(found.text, found.tokens, found.loss, next(iter(found.gradients.values())).cpu())
+        read = typed(text.strip(), run, str(run.folder))
     power = st.slider("λ, the weight of the general side: a power of ten", min(POWERS), max(POWERS),
                       round(float(np.log10(DEFAULT_LAM[name]))),
                       key=f"learn-power-{name}", bind="query-params", format="10^%d")
@@ -99,7 +90,7 @@ def sentence(run: Run) -> None:
     pieces = " · ".join(piece.strip() or "␣" for piece in read.tokens).replace("`", "'")
     st.caption(f"Read as {len(read.tokens)} tokens: `{pieces}`. Mean loss {read.loss:.2f} nats. The formula's own λ is "
                f"{DEFAULT_LAM[name]:g}. {ABOUT[name]}")
-    table = curves(run, read.text, name)
+    table = curves(run, read.text)
     tensors, told = job.tensors(run, "layer.safetensors")
     w, g, G = tensors["W"], read.g, tensors["G"]
     here = in_matrix(read.text, name, power, w, g, G, job.stamp(run, "layer.safetensors"))
@@ -124,41 +115,81 @@ def sentence(run: Run) -> None:
                 f"{prepare.SPARSITY:.0%}; outlined cells would have met the other fate at {COMPARED[against]}."),
             "learn-tile", on_select=lambda: take_click("learn-tile"), selection_mode="points")
     with right:
-        told_counts(table, name, lam, against, flipped, flipped[rows, columns])
+        tell = partial(told_counts, st.empty(), against, [("tile", flipped[rows, columns].sum(), flipped[rows, columns].size),
+                                                          ("matrix", flipped.sum(), flipped.size)])
+    tell(table if table is None else at_lambda(table, name, lam, against))
     written_out(row, column, arithmetic.score(name, lam, w, g, G, here["S"], row, column),
                 f"At λ = {lam:g} it is **{'kept' if here['kept'][row, column] else 'removed'}**.")
+    curve = st.container()
     if table is not None:
-        widgets.chart(figures.lambda_curves(table, name, lam), "learn-lambda")
+        draw_curves(curve, table, name, lam)
     formula(LATEX[name], {
         "w": f"a weight of `{told['name'].removesuffix('.weight')}`, as in step 2", "g": "its gradient: how fast the sentence's error "
                                                                                          "grows with the weight",
         "u": "gradient times weight: to first order, what the error changes when the weight goes to zero",
         "G": "general importance of the weight, as in step 2", r"\lambda": "the slider: how much the open domain has to say",
         "S": "the colour of the cell; of every matrix, the half with the lowest S goes"})
+    return partial(count, run, read.text, name, lam, against, tell, curve) if table is None and read.text != prepare.SENTENCE else None
 
 
-def curves(run: Run, text: str, name: str) -> pd.DataFrame | None:
-    """Counts of the whole model at every λ: of all formulas for the prepared sentence, of the present one for a sentence of the user."""
+def curves(run: Run, text: str) -> pd.DataFrame | None:
+    """Counts of the whole model at every λ by every formula, as of `numbers.changed_everywhere`; None where they are not there yet."""
     if text == prepare.SENTENCE:
         return pd.DataFrame(job.table(run, "flips.json")["rows"]) if (run.folder / "flips.json").is_file() else None
+    tables = [counting.counted(run, text, name) for name in FORMULAS]
+    return None if any(table is None for table in tables) else pd.concat(tables, ignore_index=True)
+
+
+def count(run: Run, text: str, name: str, lam: float, against: str, tell: Callable[..., None], curve) -> None:
+    """Count in the whole model: first at the λ of the slider, then at every λ by every formula, the chosen one first.
+
+    Args:
+        tell: `told_counts` of this page.
+        curve: the place of the curves.
+    """
+    with curve:
+        first, note = st.empty(), st.empty()
     try:
-        return everywhere(text, name, run, str(run.folder))
+        if counting.counted(run, text, name) is None:
+            table = counting.counted(run, text, name, (lam,), lambda done, of: tell(note=f"counting: {done} of {of} matrices"))
+            tell(at_lambda(table, name, lam, against))
+        for at, each in enumerate(sorted(FORMULAS, key=lambda formula_name: formula_name != name)):
+            table = counting.counted(run, text, each, tell=lambda done, of, each=each: note.caption(
+                f"The whole model is being counted at every λ, by {each}: {done} of {of} matrices."))
+            if at == 0:
+                tell(at_lambda(table, name, lam, against))
+                draw_curves(first, table, name, lam, "-first")
+        draw_curves(first, curves(run, text), name, lam)
+        note.empty()
     except InputError as error:
-        st.caption(str(error))
-        return None
+        tell()
+        note.caption(str(error))
 
 
-def told_counts(table: pd.DataFrame | None, name: str, lam: float, against: str, matrix: np.ndarray, tile: np.ndarray) -> None:
-    """How many cells flip in the tile, in the matrix, in the model."""
-    counted = [("tile", int(tile.sum()), tile.size), ("matrix", int(matrix.sum()), matrix.size)]
-    if table is not None:
-        row = table[(table.formula == name) & np.isclose(table.lam, lam)].iloc[0]
-        counted.append(("model", int(row[against]), int(row.weights)))
+def draw_curves(place, table: pd.DataFrame, name: str, lam: float, key: str = "") -> None:
+    with place.container():
+        widgets.chart(figures.lambda_curves(table, name, lam), f"learn-lambda{key}")
+
+
+def at_lambda(table: pd.DataFrame, name: str, lam: float, against: str) -> tuple[str, int, int]:
+    """The model's line of `told_counts`."""
+    row = table[(table.formula == name) & np.isclose(table.lam, lam)].iloc[0]
+    return "model", int(row[against]), int(row.weights)
+
+
+def told_counts(place, against: str, here: list[tuple[str, int, int]], model: tuple[str, int, int] | None = None, note: str = "") -> None:
+    """How many cells flip in the tile, in the matrix, in the model.
+
+    Args:
+        here: (where, decisions that differ, of how many), of tile and matrix.
+        model: the same of the model, where it has been counted.
+        note: what stands in its place.
+    """
     lines = [f"| {where} | **{flips:,}** | {of:,} | "
              f"{percent(flips / of, 2).replace(' ', NARROW) if flips / of >= 1e-4 or not flips else f'{flips / of:.1e}'} |"
-             for where, flips, of in counted]
-    st.markdown("\n".join([f"Decisions that differ from {COMPARED[against]}:\n", "| in the | differ | of | share |", "|---|--:|--:|--:|",
-                           *lines]))
+             for where, flips, of in [*here, *([model] if model else [])]]
+    place.markdown("\n".join([f"Decisions that differ from {COMPARED[against]}:\n", "| in the | differ | of | share |", "|---|--:|--:|--:|",
+                              *lines, *([f"| model | | | {note} |"] if note else [])]))
 
 
 SENTENCE = Step(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import streamlit as st
 
 from analysis.lesson.figures import TILE
-from app import state
+from app import state, widgets
 from app.lesson import job
 from dpruner.store import Run
 
@@ -22,7 +22,7 @@ class Step:
         name: one word, in the list of steps and in the URL.
         question: what it answers.
         parts: files of the lesson that it needs.
-        show: draws its picture and formulas.
+        show: draws its picture and formulas; what takes longer than a page should it hands back, to be called when the page stands.
         trying: one thing to do.
         check, answer: a question to check oneself, and its answer.
         pages: {page of the app: what it shows of this on the user's own run}.
@@ -31,20 +31,22 @@ class Step:
     name: str
     question: str
     parts: tuple[str, ...]
-    show: Callable[[Run], None]
+    show: Callable[[Run], Callable[[], None] | None]
     trying: str
     check: str
     answer: str
     pages: dict[str, str] = field(default_factory=dict)
 
 
-def draw(step: Step, run: Run) -> None:
-    """A step from its picture to the links."""
+def draw(step: Step, run: Run) -> Callable[[], None] | None:
+    """A step from its picture to the links; what is to be called when the page stands, if anything."""
+    later = None
     if missing := [part for part in step.parts if part not in job.ready(run)]:
         st.info("This step is still being computed and appears here by itself. Steps that are ready can be read "
                 "meanwhile.", icon=":material/hourglass:")
     else:
-        step.show(run)
+        with widgets.guarded():
+            later = step.show(run)
     left, right = st.columns(2, gap="medium")
     with left.container(border=True, height="stretch"):
         st.markdown(f"**:material/touch_app: Try.** {step.trying}")
@@ -53,6 +55,7 @@ def draw(step: Step, run: Run) -> None:
         with st.expander("Answer"):
             st.markdown(step.answer)
     on_my_run(step)
+    return later
 
 
 def on_my_run(step: Step) -> None:

@@ -39,11 +39,13 @@ if chosen is None:   # a browser that went back to this page brings no step: the
 st.session_state["_learn-step"] = chosen
 widgets.to_top(chosen)
 at = NAMES.index(chosen)
+later = None
 with widgets.guarded():
     lesson = job.ensure()
     if worker.state(lesson)["state"] != "done":
         job.progress(lesson, job.ready(lesson))
     st.subheader(f"{at + 1}. {STEPS[chosen].question}", anchor=False)
-    with widgets.guarded():
-        step.draw(STEPS[chosen], lesson)
+    later = step.draw(STEPS[chosen], lesson)
 beside(at)
+if later:
+    later()
