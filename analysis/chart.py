@@ -104,6 +104,17 @@ def error_bars(values, low, high) -> dict:
             "arrayminus": np.nan_to_num(np.asarray(values - low, dtype=np.float64)).clip(0), "thickness": 2}
 
 
+def log_axis(values) -> dict:
+    """A logarithmic axis with whole numbers at 1, 2 and 5 times every power of ten, fewer where there are many powers.
+
+    Args:
+        values: positive and finite.
+    """
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    ticks = [m * 10.0**p for p in range(low, high + 1) for m in ((1, 2, 5) if high - low <= 2 else (1, 3) if high - low <= 4 else (1,))]
+    return {"type": "log", "tickvals": ticks, "ticktext": [f"{t:,.10g}" for t in ticks]}
+
+
 def columns(*values) -> np.ndarray:
     """Customdata: one row for each point, as objects, so that numbers stay numbers beside text."""
     table = np.empty((len(values[0]), len(values)), dtype=object)
@@ -118,10 +129,10 @@ def percent(share: float, digits: int = 1) -> str:
 
 
 def number(value: float) -> str:
-    """A figure in words: three significant digits, whole counts with separators."""
+    """A figure in words: three significant digits, from a thousand on whole, with separators."""
     if not math.isfinite(value):
         return "unknown"
-    return f"{int(value):,}" if float(value).is_integer() and abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if 999.5 <= abs(value) < 1e9 else f"{value:.3g}"
 
 
 def counted(n: int, one: str, many: str | None = None) -> str:

@@ -11,7 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analysis.chart import (AMOUNTS, BLUE, FAINT, GREEN, GREY, ORANGE, SKY, VERMILLION, Chart, colour_bar, columns, counted, error_bars,
-                            informative, level_line, listed, look, new_figure, number, plain)
+                            informative, level_line, listed, log_axis, look, new_figure, number, plain)
 
 LINE_CHARACTERS = 96    # of a token strip
 TOKEN_CHARACTERS = 24   # a longer token is cut; its hover has it whole
@@ -58,7 +58,7 @@ def quality(table: pd.DataFrame, x: str = "method", series: str = "text", metric
     told = _dense_lines(figure, dense, names if series != "method" else None, series, ends)
     finite = table.loc[np.isfinite(table["value"]), "value"]
     steep = finite.min() > 0 and finite.max() > 10 * finite.min()
-    figure.update_yaxes(title=f"{metric} ({'lower' if lower_is_better else 'higher'} is better)", **(_log_axis(finite) if steep else {}))
+    figure.update_yaxes(title=f"{metric} ({'lower' if lower_is_better else 'higher'} is better)", **(log_axis(finite) if steep else {}))
     figure.update_xaxes(title="sparsity (share removed)" if x == "sparsity" else x, tickformat=".0%" if x == "sparsity" else None,
                         **({} if along else {"tickvals": list(places.values()), "ticktext": [plain(v) for v in places], "showgrid": False}))
     best = pruned.loc[(pruned["value"] if lower_is_better else -pruned["value"]).groupby(pruned[series], sort=False).idxmin()]
@@ -80,13 +80,6 @@ def _dense_lines(figure: go.Figure, dense: pd.DataFrame, names: list | None, ser
             figure.add_trace(level_line(float(value), *ends, label, colour))
             told.append(number(float(value)) if name is None else f"{name} {number(float(value))}")
     return told
-
-
-def _log_axis(values: pd.Series) -> dict:
-    """A logarithmic axis with whole numbers at 1, 2 and 5 times every power of ten."""
-    powers = range(math.floor(math.log10(values.min())), math.ceil(math.log10(values.max())) + 1)
-    ticks = [m * 10.0**p for p in powers for m in (1, 2, 5)]
-    return {"type": "log", "tickvals": ticks, "ticktext": [f"{t:,.10g}" for t in ticks]}
 
 
 def bytes_bars(table: pd.DataFrame) -> Chart | None:

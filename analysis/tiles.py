@@ -64,7 +64,8 @@ def mask_tile(a, b, names: tuple[str, ...], matrix: str, origin: tuple[int, int]
                           **{part: numbers for name, v in values.items() for part, numbers in _parts(name, v).items()}})
     shares = listed(f"{name} {counts[code]:,} ({percent(counts[code] / codes.size)})" for code, name in who.items())
     where = f"rows {row} to {row + codes.shape[0] - 1} and columns {column} to {column + codes.shape[1] - 1}"
-    how = "Every pixel is one weight; its colour says which mask keeps it. Where it is removed, the page shines through."
+    how = ("Every pixel is one weight: coloured where it is kept. " if b is None else
+           "Every pixel is one weight; its colour says which mask keeps it. ") + "Where it is removed, the page shines through."
     alt = f"Picture of {where} of {matrix}. By who keeps them: {shares}."
     return Chart(f"Single weights of {matrix}: {listed(names)}", figure, table, how, alt)
 

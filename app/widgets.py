@@ -29,7 +29,7 @@ def chart(made, key: str, **options):
     config = {**MODEBAR, "toImageButtonOptions": {**MODEBAR["toImageButtonOptions"], "filename": file_name(made.title)}}
     state = st.plotly_chart(made.figure, key=key, config=config, alt=made.alt, **options)
     st.caption(f"**How to read this:** {made.how}")
-    with st.popover("Take it away", help="Its data and itself, for a paper or a lesson"):
+    with st.popover("Take it away", help="The figure and its data, for a paper or a lesson"):
         st.download_button("Data (CSV)", lambda: csv(made), f"{file_name(made.title)}.csv", "text/csv", key=f"{key}-csv", on_click="ignore")
         st.download_button("Figure (HTML)", lambda: made.titled().to_html(include_plotlyjs=True, full_html=True).encode(),
                            f"{file_name(made.title)}.html", "text/html", key=f"{key}-html", on_click="ignore")

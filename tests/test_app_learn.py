@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from streamlit.testing.v1 import AppTest
-from test_app_layers import figure, shown
+from pages import figure, shown
 
 from analysis.chart import number
 from analysis.lesson import numbers, prepare

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from streamlit.testing.v1 import AppTest
-from test_app_layers import MAIN
+from pages import MAIN
 
 from analysis import results
 from app import data, state

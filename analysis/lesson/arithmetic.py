@@ -10,7 +10,7 @@ def tex(value: float) -> str:
     """A number of four significant digits in LaTeX; small and large ones by powers of ten."""
     if value == 0:
         return "0"
-    if 1e-3 <= abs(value) < 1e5:
+    if 1e-3 <= abs(value) < 9999.5:
         return f"{value:.4g}"
     digits, power = f"{value:.3e}".split("e")
     return rf"{digits}\cdot 10^{{{int(power)}}}"
@@ -56,14 +56,14 @@ def balanced(w: float, g: float, G: float, lam: float, mean_F: float, mean_G: fl
     parts = [u**2 / mean_F if mean_F > 0 else 0.0, G / mean_G if mean_G > 0 else 0.0]
     return [rf"u = g\,w = {signed(g)}\cdot{signed(w)} = {tex(u)}, \qquad F = u^2 = {tex(u**2)}",
             rf"S = \frac{{F}}{{\bar F}} + \lambda\frac{{G}}{{\bar G}} = \frac{{{tex(u**2)}}}{{{tex(mean_F)}}} + {tex(lam)}\cdot"
-            rf"\frac{{{tex(G)}}}{{{tex(mean_G)}}} = {tex(parts[0])} + {tex(lam * parts[1])} = {tex(S)}"]
+            rf"\frac{{{tex(G)}}}{{{tex(mean_G)}}}", rf"\phantom{{S}} = {tex(parts[0])} + {tex(lam * parts[1])} = {tex(S)}"]
 
 
 def taylor(w: float, g: float, G: float, lam: float, S: float) -> list[str]:
     """`S = |u − ½u²|`, `g' = g + 2 λ α² G g h`, h = g² after one gradient."""
     pull = 2 * lam * ALPHA**2 * G * g**2
     u = g * w * (1 + pull)
-    return [rf"g' = g\,(1 + 2\lambda\alpha^2 G\,g^2) = {signed(g)}\,(1 + {tex(pull)}), \qquad u = g'w = {tex(u)}",
+    return [rf"g' = g\,(1 + 2\lambda\alpha^2 G\,g^2) = {signed(g)}\,(1 + {tex(pull)})", rf"u = g'w = {tex(u)}",
             rf"S = \left|u - \tfrac12u^2\right| = \left|{tex(u)} - {tex(u**2 / 2)}\right| = {tex(S)}"]
 
 
@@ -72,8 +72,7 @@ def release(w: float, g: float, G: float, lam: float, S: float) -> list[str]:
     scaled = g * RELEASE_SCALE
     pull = lam * 2 * ALPHA**2 / RELEASE_COUNT * G * scaled
     u = scaled * w * (1 + pull)
-    return [rf"\hat g = 2^{{16}}g = {tex(scaled)}, \qquad g' = \hat g\,(1 + \lambda\tfrac{{2\alpha^2}}{{1000}}G\,\hat g) = "
-            rf"{signed(scaled)}\,"
-            rf"(1 + {signed(pull)}), \qquad u = g'w = {tex(u)}",
+    return [rf"\hat g = 2^{{16}}g = {tex(scaled)}",
+            rf"g' = \hat g\,(1 + \lambda\tfrac{{2\alpha^2}}{{1000}}G\,\hat g) = {signed(scaled)}\,(1 + {signed(pull)})", rf"u = g'w = {tex(u)}",
             rf"S = \left|u + \tfrac{{u^2}}{{2000}} + w^3\right| = \left|{tex(u)} + {tex(u**2 / (2 * RELEASE_COUNT))} + "
             rf"{signed(w**3)}\right| = {tex(S)}"]

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from analysis.chart import (AMOUNTS, AROUND, BLUE, FAINT, GREY, INK, ORANGE, VERMILLION, Chart, click_targets, colour_bar, columns,
-                            level_line, listed, look, new_figure, number, percent)
+from analysis.chart import (AMOUNTS, AROUND, BLUE, CELL_TEXT, FAINT, GREY, INK, ORANGE, VERMILLION, Chart, click_targets, colour_bar, columns,
+                            level_line, listed, log_axis, look, new_figure, number, percent)
 from analysis.lesson.numbers import Compensation
 from dpruner.formulas import DEFAULT_LAM
 
@@ -95,8 +95,8 @@ def compensation(found: Compensation, inputs: Sequence[int]) -> Chart:
                         xaxis2={"domain": [0.76, 1], "anchor": "y2"}, yaxis2={"anchor": "x2", "side": "right"})
     changes = [_change(found, done) for done in range(steps)]
     weights, crosses, errors = changes[-1]   # complete before anybody presses Play
-    figure.add_trace(go.Heatmap(colorscale=AROUND, zmin=-most, zmax=most, xgap=1, ygap=1, texttemplate="%{z:.2f}", textfont={"size": 10},
-                                colorbar={**colour_bar("weight"), "x": 0.68, "len": 0.9}, **weights,
+    figure.add_trace(go.Heatmap(colorscale=AROUND, zmin=-most, zmax=most, xgap=1, ygap=1, texttemplate="%{text}", textfont=CELL_TEXT | {"size": 10},
+                                colorbar={**colour_bar("weight"), "x": 0.67, "len": 0.9, "title": {"text": "weight", "side": "top"}}, **weights,
                                 hovertemplate="was %{customdata[0]:.4g}<br>moved by %{customdata[1]:.4g}<br>is %{z:.4g}<extra></extra>"))
     cross = {"symbol": "x-thin", "size": 20, "line": {"color": VERMILLION, "width": 3}}
     figure.add_trace(go.Scatter(mode="markers", hoverinfo="skip", marker=cross, **crosses))
@@ -125,7 +125,7 @@ def compensation(found: Compensation, inputs: Sequence[int]) -> Chart:
     alt = (f"A block of {rows} × {across} weights in {steps} steps. In the end {int(found.removed.sum())} are removed: zeros alone lose "
            f"{percent(found.plain[-1], 2)} of the output's mean square, with compensation {percent(found.moved[-1], 2)}.")
     how = ("Press Play, or move the slider. A cross is a removed weight; the columns to its right move to make up for it, so their colours "
-           "change. The bars say what the layer's output has lost so far, with the kept weights left alone and with them moved.")
+           "change. The bars say what the layer's output has lost so far, with the kept weights left alone and with them moved. The first may even fall: what two removed weights did can have cancelled.")
     return Chart("Column by column: remove, and let the rest make up for it", figure, table, how, alt)
 
 
@@ -133,7 +133,9 @@ def _change(found: Compensation, done: int) -> tuple[dict, dict, dict]:
     """What is new in the three traces after some columns: weights, crosses, the two errors."""
     r, c = np.nonzero(found.removed & (np.arange(found.removed.shape[1]) < done))
     before, now = found.weights[0].astype(np.float32), found.weights[done].astype(np.float32)
-    return ({"z": now, "customdata": np.stack([before, now - before], axis=-1)},
+    gone = np.zeros(now.shape, dtype=bool)
+    gone[r, c] = True
+    return ({"z": now, "customdata": np.stack([before, now - before], axis=-1), "text": np.where(gone, "", np.char.mod("%.2f", now)).tolist()},
             {"x": c if len(c) else [None], "y": r if len(r) else [None]},
             {"y": [found.plain[done], found.moved[done]], "text": [percent(found.plain[done], 2), percent(found.moved[done], 2)]})
 
@@ -194,9 +196,9 @@ def fall(table: pd.DataFrame, sparsity: float) -> Chart:
             hovertemplate="%{x:.0%} removed<br>perplexity %{y:.4g}, 95 %: %{customdata[0]:.4g} to %{customdata[1]:.4g} (n = "
                           "%{customdata[2]})<extra></extra>"))
         figure.add_trace(level_line(float(rows["value"].iloc[0]), 0, 0.9, f"dense, {text}", style["color"]))
-    figure.add_vline(x=sparsity, line={"color": VERMILLION, "width": 2})
+    figure.add_vline(x=sparsity, line={"color": GREY, "width": 2})
     figure.update_xaxes(title="sparsity (share removed)", tickformat=".0%", dtick=0.1)
-    figure.update_yaxes(title="perplexity (lower is better)", type="log", dtick="D2")
+    figure.update_yaxes(title="perplexity (lower is better)", **log_axis([*table["low"], *table["high"]]))
     ends = table.groupby("text", sort=False)["value"].agg(["first", "last"])
     told = listed(f"{text} text from {number(r['first'])} to {number(r['last'])}" for text, r in ends.iterrows())
     alt = f"Perplexity from 0 to 90 % sparsity: {told}."

@@ -52,5 +52,7 @@ COLUMN = Step(
     "Why do only columns to the right move, and only in the same row?",
     "A row of W makes one output by itself, so rows do not interact. Columns to the left are done: going back to them would mean to solve "
     "everything anew, and the order left to right is what makes one pass enough (SparseGPT). G is taken inside this walk, so it is the "
-    "cost although the others help.",
+    "cost although the others help. Masks that are compared on the other pages leave the kept weights as they are; a model that is to be "
+    "used is pruned inside such a walk, and keeps the moved weights. Does it always help? With the cheapest weights removed it nearly "
+    "always does; with a mask chosen without regard to the cost it can do harm to text it was not made for.",
     {"explore": "Single weights of my run"})

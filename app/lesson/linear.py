@@ -19,6 +19,8 @@ def linear(run: Run) -> None:
     W, H, U, seen, G = (found[name].numpy() for name in ("W", "H", "U", "seen", "G"))
     st.markdown(f"This is `{told['name'].removesuffix('.weight')}`, the first linear of the model: {W.shape[0]} outputs, {W.shape[1]} "
                 f"inputs, {W.size:,} weights. A tile of 32 × 32 of them is shown. Go through the four pictures from left to right.")
+    st.markdown("When one weight goes to zero, its output misses that weight times its input. The other weights of the row can make up for a part "
+                "of it, as far as their inputs move together with that one. What no other can make up for is the cost of the weight.")
     view = st.segmented_control("Picture", VIEWS, default=WEIGHTS, key="learn-view", bind="query-params", required=True)
     left, right = st.columns([3, 2], gap="medium")
     with right:
@@ -68,19 +70,23 @@ def linear(run: Run) -> None:
         arithmetic.general(row, column, float(seen[row, column]), at_column, float(G[row, column]))], "Pictures a to d, from left to "
                                                                                                       "right:")
     formula(r"H = \frac2n\sum_t x_t x_t^{\mathsf T}, \qquad H^{-1} = U^{\mathsf T}U, \qquad G_{ij} = \frac{\hat w_{ij}^2}{U_{jj}^2}", {
-        "x_t": "what enters the layer at the t-th of n calibration tokens of open-domain text",
-        "H": "picture b: the Hessian of the layer's squared output error, a little is added to its diagonal",
+        "x_t": "what enters the layer at the t-th of n calibration tokens: the open-domain text on which the model is watched",
+        "H": "picture b: on the diagonal how strong an input is, beside it how far two move together. It is the second derivative of the "
+             "layer's squared output error by the weights of a row, hence H for Hessian. A hundredth of its mean is added to the diagonal, "
+             "so that it can be inverted",
+        "U": "upper triangular: its row j speaks of input j and of those to its right, because columns are worked on from left to right, "
+             "and those at the left can help no more",
         "1/U_{jj}^2": "picture c: what is left of input j once the inputs to its right have explained what they can",
-        r"\hat w_{ij}": "picture a: the weight, as compensation has left it when its column is judged (next step); in the first 128 "
-                        "columns it is the weight itself",
+        r"\hat w_{ij}": "the weight of picture a, as compensation has left it when its column is judged (next step). Columns are judged in "
+                        "blocks of 128, and before the first nothing has moved: there it is the weight itself",
         "G_{ij}": "picture d: general importance, the output error its removal costs although the others make up for it"})
 
 
 LINEAR = Step(
     "Linear", "What does the removal of one weight cost?", ("layer.safetensors",), linear,
-    "Choose two cells of one row in picture a that have the same strong colour, and compare what they cost in picture d. Then look at "
-    "their inputs in picture c.",
-    "Two weights of a row have the same size, and one costs ten times the other. What differs?",
+    "In picture c find an input of which little is its own, and one of which much is. Choose both columns in one row and compare the last "
+    "line of the arithmetic: by what is w² multiplied?",
+    "Two weights of a row have the same size, and one costs three times the other. What differs?",
     "Their inputs. G is the square of the weight times what is its input's own, 1/U²: an input that is weak, or that other inputs can "
     "stand in for, makes its weights cheap. Magnitude pruning looks at W alone and cannot see this.",
     {"explore": "Single weights of my model", "layers": "What is kept where in my run"})

@@ -89,8 +89,10 @@ def plane(run: Run) -> None:
 PLANE = Step(
     "Plane", "Which weights do both sides need, which only one?", ("layer.safetensors",), plane,
     "Set the general side to 90 % and the domain side to 50 %. How many weights does only the domain save? Where in the matrix do they "
-    "sit?",
+    "sit: everywhere alike, or in bands of rows?",
     "If the two importances had nothing to do with each other, what share would lie in each region at 50 % and 50 %?",
     "A quarter in each: 0.5 × 0.5. More in “both” and “neither” means that they agree. The dual score has to decide about the two regions "
-    "in which they do not: there it keeps the weights that one side needs very much.",
+    "in which they do not. It is a sum, so a weight that one side needs very much stays, and one that only just passes one threshold may "
+    "go: see the last column of the table. Bands of rows are outputs that are needed, or not, as a whole, such as those of one attention "
+    "head. Why do the sides agree so often? Large weights on strong inputs matter to everyone.",
     {"overlap": "The plane of my run, with a brush"})

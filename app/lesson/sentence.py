@@ -29,8 +29,15 @@ ABOUT = {
     "balanced": "Both sides are divided by their mean over the matrix, so λ = 1 gives them equal weight: λ decides much.",
     "taylor": "The paper's equations. The general side comes in through the gradient, times α² = 0.0009 and times g²: far too small to "
               "change an order, unless λ is astronomic.",
-    "release": "What the authors' published code adds up. At its own λ = 0.1 the general side is some millionth of the gradient: λ is "
+    "release": "What the authors' published code adds up. At its own λ = 0.1 the general side is less than a millionth of the gradient: λ is "
                "inert, and the mask is the domain's alone."}
+MORE = {   # symbols that only one formula has
+    "balanced": {r"\overline{u^2},\ \overline G": "the means over the matrix; u² rather than u, because its sign does not matter"},
+    "taylor": {r"\alpha": "0.03, how far a weight is imagined to move", "h": "g² of this sentence; in a run, the mean over all texts",
+               r"u - \tfrac12u^2": "what the loss changes when w goes to zero, to second order: slope times w, and half the curvature, for "
+                                  "which the paper takes g², times w²"},
+    "release": {r"\hat g": "the gradient as half-precision training keeps it: times 2¹⁶, lest it vanish", r"\alpha": "0.03",
+                "1000": "texts the code divides by, whatever their number"}}
 NARROW = "\u202f"   # a space at which no line breaks
 COMPARED = {"from_zero": "λ = 0", "from_usual": "the formula's own λ"}
 
@@ -88,7 +95,8 @@ def sentence(run: Run) -> Callable[[], None] | None:
                       key=f"learn-power-{name}", bind="query-params", format="10^%d")
     lam = 10.0**power
     pieces = " · ".join(piece.strip() or "␣" for piece in read.tokens).replace("`", "'")
-    st.caption(f"Read as {len(read.tokens)} tokens: `{pieces}`. Mean loss {read.loss:.2f} nats. The formula's own λ is "
+    st.caption(f"Read as {len(read.tokens)} tokens: `{pieces}`. Mean loss {read.loss:.2f}: to each next token the model gave a chance of "
+               f"e^−{read.loss:.2f}, one in {np.exp(read.loss):,.0f}, in the geometric mean. The formula's own λ is "
                f"{DEFAULT_LAM[name]:g}. {ABOUT[name]}")
     table = curves(run, read.text)
     tensors, told = job.tensors(run, "layer.safetensors")
@@ -128,7 +136,7 @@ def sentence(run: Run) -> Callable[[], None] | None:
                                                                                          "grows with the weight",
         "u": "gradient times weight: to first order, what the error changes when the weight goes to zero",
         "G": "general importance of the weight, as in step 2", r"\lambda": "the slider: how much the open domain has to say",
-        "S": "the colour of the cell; of every matrix, the half with the lowest S goes"})
+        "S": "the colour of the cell; of every matrix, the half with the lowest S goes", **MORE[name]})
     return partial(count, run, read.text, name, lam, against, tell, curve) if table is None and read.text != prepare.SENTENCE else None
 
 
@@ -194,9 +202,10 @@ def told_counts(place, against: str, here: list[tuple[str, int, int]], model: tu
 
 SENTENCE = Step(
     "Sentence", "What does a sentence need, and what does λ add?", ("layer.safetensors", "sentence.safetensors"), sentence,
-    "Move λ through its range with **balanced**, then with **release**. At which λ does the first decision of each change? Then type a "
-    "sentence of your own.",
+    "Move λ through its range with **release**, and watch the table of decisions: at which λ does the first one of the model change? Do the "
+    "same with **balanced**, whose λ decides from the start. Then type a sentence of your own.",
     "The published code has λ = 0.1. How many of the model's decisions does it change here, and why?",
-    "Next to none: see the ring on the floor of the curve. Its general side is multiplied by 2α²/1000 and comes to about a millionth of "
-    "the gradient it is added to. With scores divided by their means (balanced) λ = 1 changes about a quarter of them.",
+    "Next to none: see the ring on the floor of the curve. Its general side is multiplied by 2α²/1000 and comes to less than a millionth of "
+    "the gradient it is added to. With scores divided by their means (balanced) λ = 1 changes about a quarter of them, for one sentence; a "
+    "run asks many texts of the domain, and λ changes fewer. So do not ask a paper for its λ, but for how many decisions it changes.",
     {"overlap": "What λ changed in my run"})

@@ -30,6 +30,9 @@ def why(run: Run) -> None:
     prompts = list(dict.fromkeys(row["prompt"] for row in found["texts"]))
     prompt = st.segmented_control("Beginning of the text", prompts, default=prompts[0], key="learn-prompt", bind="query-params",
                                   required=True)
+    st.markdown("A model has more weights than any one use of it needs. Which ones can go tells what it uses them for; and what is gone need not "
+                "be stored or, with hardware that skips zeros, multiplied (step 9 says what that takes). A doctor's assistant and a lawyer's "
+                "need not keep the same ones: that is why one asks a domain.")
     st.markdown("Three versions of one small model go on with the same words. The second and the third have lost "
                 f"**{found['sparsity']:.0%}** of the weights that can be pruned: as many of every matrix, but not the same ones. For the "
                 "second only text on anything and everything (the open domain) was asked what to keep, for the third text on "
@@ -41,12 +44,15 @@ def why(run: Run) -> None:
             written(next(row["text"] for row in found["texts"] if row["model"] == name and row["prompt"] == prompt), prompt)
             for row in quality[quality.method == name].itertuples():
                 st.markdown(f"Perplexity on {row.text} text: **{number(row.value)}** ({number(row.low)} to {number(row.high)})")
+    windows = " and ".join(f"{row.n} on {row.text} text" for row in quality[quality.method == "dense"].itertuples())
     st.caption("**How to read this:** perplexity is how many tokens the model wavers between, as it were, on text it has not seen: lower "
                f"is better. In brackets the 95 % interval. “Domain” here is {prepare.DOMAIN}. Texts are the most probable continuation, "
-               "word by word.")
-    widgets.chart(comparisons.quality(quality.assign(method=quality.method.map(MODELS))), "learn-why-quality")
+               f"word by word. Measured on few windows of {prepare.WINDOW} tokens, so that it is soon done ({windows}): a run judges on other "
+               "windows, so its figures differ a little from these.")
+    widgets.chart(comparisons.quality(quality.assign(method=quality.method.map(MODELS), domain=f"{prepare.DOMAIN} (where anything is pruned)")),
+                  "learn-why-quality")
     formula(r"\text{remove } \lfloor s\cdot n\rceil \text{ of the } n \text{ weights of every matrix: those with the lowest score } S", {
-        "s": f"sparsity, the share that is removed: {found['sparsity']:.0%} here",
+        "s": f"sparsity, the share that is removed: {found['sparsity']:.0%} here", "n": "weights of the matrix; ⌊ ⌉ rounds to a whole number",
         "S": "a score for every weight. The second model asks only what open-domain text loses without the weight; the third asks the "
              "domain as well. How, is the rest of this lesson"})
 
@@ -55,8 +61,10 @@ WHY = Step(
     "Why", "Why prune a model, and why ask a domain?", ("words.json",), why,
     "Switch to the other beginning. Which of the two pruned models still speaks of the subject?",
     "Both pruned models have lost exactly as many weights. Why do they write so differently?",
-    "What counts is which weights went. The second model kept what open-domain text needs, and some of what only health text needs went "
-    "with the rest. The third kept what either needs. That is the idea of dual pruning: two importances, one mask.",
+    "What counts is which weights went. The second model kept what open-domain text needs, and some of what health text needs went with "
+    "the rest. For the third both needs were weighed in one score: what one side needs very much stays, even if the other does not ask "
+    "for it. That is the idea of dual pruning: two importances, one mask. It may serve open-domain text better too, as it does here: two "
+    "sets of texts tell more about the weights than one.",
     {"generate": "Write texts with my masks", "results": "Quality of my masks"})
 
 
@@ -85,6 +93,7 @@ def fall(run: Run) -> None:
         st.markdown("##### What it writes")
         with st.container(border=True):
             written(here["continuation"].iloc[0], found["prompt"])
+            st.caption("One text is a small sample: it may read better at 70 % than at 60 %. The perplexity below is over many.")
         widgets.chart(figures.fall(rows, share), "learn-fall-curve")
     formula(r"M_{ij} = \begin{cases}1 & S_{ij} > \text{threshold}(s)\\ 0 & \text{otherwise}\end{cases}\qquad W \leftarrow M\odot W", {
         "s": "the slider", "S": "the dual score of every weight, computed once: another sparsity only moves the threshold",
@@ -116,7 +125,8 @@ def cost(run: Run) -> None:
     places[0].metric("Dense", f"{speeds.dense.median():.0f} tokens/s", f"{len(speeds)} rounds", **quiet)
     places[1].metric("Pruned", f"{speeds.pruned.median():.0f} tokens/s", f"{len(speeds)} rounds", **quiet)
     places[2].metric("Times as fast", f"{ratio:.2f}", f"95 %: {low:.2f} to {high:.2f}", **quiet)
-    st.caption("Measured on this machine when the lesson was made, dense and pruned in turn. Where the interval holds 1, there is no "
+    st.caption("Measured on this machine when the lesson was made, dense and pruned in turn: medians of the rounds, and the mean of pruned ÷ dense "
+               "in the same round, which other work on the machine disturbs less. Where the interval holds 1, there is no "
                "difference beyond the "
                "noise." + ("" if low <= 1 <= high else " Here it leaves out 1, though both do the same multiplications: something else "
                                                            "kept this "

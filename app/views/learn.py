@@ -27,7 +27,8 @@ def beside(at: int) -> None:
 
 
 st.title("Learn")
-st.caption("Dual pruning in nine steps. Every number is computed by the engine, on this machine; every step has a link of its own.")
+st.caption("Dual pruning in nine steps. Every number is computed by the engine, on this machine; every step has a link of its own. What is chosen at the left "
+           "counts for *On my run* only.")
 if "_learn-return" in st.session_state:
     st.session_state["learn-step"] = st.session_state.pop("_learn-return")
 start = {} if "learn-step" in st.session_state else {"default": NAMES[0]}   # a default and a state at once is what Streamlit warns of
