@@ -6,12 +6,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from browser import CHROMIUM, browser, served, settled
 from test_browser import SIZE, calm, shown, wait_for
 
 from analysis.chart import number, percent
 from analysis.lesson import numbers, prepare
 from dpruner import store
+from dpruner.domain import domain_importance
+from dpruner.loading import load_model
 from dpruner.masks import make_masks
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
@@ -109,16 +112,21 @@ def test_lambda_flips_what_is_counted(visit):
     assert "learn-power-release=8" in page.url and count(8) != count(6)
 
 
-def test_a_sentence_is_typed(visit):
+def test_a_sentence_is_typed_and_another_before_the_first_is_counted(visit):
     page = visit.page
     at(visit, "Sentence")
     field = page.get_by_role("textbox", name="A sentence of the domain")
-    field.fill("Rest helps.")
-    field.press("Enter")
-    page.get_by_text("Read as 12 tokens").or_(page.get_by_text(re.compile(r"Read as \d+ tokens: .*R · e · s · t"))).first.wait_for()
-    settled(page)
-    calm(page)
-    assert page.locator("table tr", has_text="model").count() == 1
+    for text in ("Rest helps.", "Water helps as well."):
+        field.fill(text)
+        field.press("Enter")
+    page.get_by_text(re.compile("W · a · t · e · r")).first.wait_for()
+    cell = page.locator("table tr", has_text="model").locator("td").nth(1)
+    model, tokenizer = load_model(store.Run(visit.folder).config["model"])
+    ids, G = [torch.tensor([tokenizer(text).input_ids])], store.read_scores(next((visit.folder.parents[1] / "general").glob("*.safetensors")))
+    dual, alone = (make_masks(domain_importance(model, ids, G, "balanced", lam).dual, prepare.SPARSITY) for lam in (1.0, 0.0))
+    wait_for(lambda: cell.inner_text() == f"{sum(int((dual[n] ^ alone[n]).sum()) for n in G):,}")
+    page.locator(".js-plotly-plot").nth(1).locator(".legendtext", has_text="release").wait_for()   # all λ, by every formula
+    assert page.locator("table tr", has_text="model").count() == 1 and "being counted" not in shown(page)
 
 
 def test_the_model_falls_apart_under_the_slider(visit):
