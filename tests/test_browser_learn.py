@@ -154,3 +154,11 @@ def test_answers_come_after_the_guess_and_the_run_is_one_click_away(visit):
     page.get_by_role("link", name="The plane of my run, with a brush").click()
     page.get_by_role("heading", name="Overlap", level=1).wait_for()
     assert f"run={visit.run.id}" in page.url
+    page.go_back()   # brings the page without its step
+    question = page.get_by_role("heading", name="5. Which weights do both sides need, which only one?")
+    question.wait_for()
+    page.wait_for_url(lambda url: "learn-step=Plane" in url)
+    settled(page)
+    page.get_by_role("button", name="Next: Sparsity").click()   # at the foot of a long page; the next step begins at its top
+    page.get_by_role("heading", name="6. How much can go before it falls apart?").wait_for()
+    wait_for(lambda: page.evaluate("document.querySelector('[data-testid=stMain]').scrollTop") == 0)
