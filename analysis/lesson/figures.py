@@ -74,7 +74,7 @@ def compact(made: Chart | None, title: str, height: int = 520) -> Chart | None:
     """A chart for half a page: its colour bar below, under a shorter title."""
     if made is None:
         return None
-    figure = go.Figure(made.figure).update_layout(height=height, margin={"t": 10, "l": 50, "r": 10})
+    figure = go.Figure(made.figure).update_layout(height=height, margin={"t": 10, "l": 50, "r": 10}).update_annotations(font_size=10)
     for trace in figure.select_traces(selector={"type": "heatmap"}):
         trace.update(colorbar=flat_bar(trace.colorbar.title.text))
     return replace(made, title=title, figure=figure)
