@@ -33,7 +33,9 @@ from dpruner.store import Run
 from dpruner.turns import turn
 from dpruner.walk import checkpointing
 
+LAST = "metrics.parquet"         # the last file that a run writes
 DENSE = "dense"                  # the method's name in tables where nothing is pruned
+UNSEEN = ("memory", "processes") # what changes no bit, and may be another when a run goes on
 HALVED = ("dpruner", "domain")   # methods whose masks two halves of a calibration set can disagree on
 
 
@@ -113,6 +115,8 @@ def execute(run: Run, config: RunConfig, prepared: Prepared, cache: Path, status
     status.plan = planned_work(config, prepared.texts)
     store.write_json(run.folder / "run.json", continued(run, record(config, prepared)))
     job = Job(run, config, prepared, status, Partial(run.folder, status.skip))
+    if (run.folder / LAST).is_file():   # killed while it tidied up
+        return job.partial.clear()
 
     from dpruner import estimate
     status.advice = functools.partial(estimate.advice, config, prepared.model)
@@ -135,7 +139,7 @@ def pruned_models(job: Job, cache: Path) -> None:
     metrics.append(similarities(run, config, prepared.texts.labels))
     store.write_table(run.folder / "stats.parquet", in_parts(pd.concat(stats, ignore_index=True)))
     store.write_table(run.folder / "losses.parquet", pd.concat(losses, ignore_index=True))
-    store.write_table(run.folder / "metrics.parquet", pd.concat([m for m in metrics if len(m)], ignore_index=True))
+    store.write_table(run.folder / LAST, pd.concat([m for m in metrics if len(m)], ignore_index=True))
     job.partial.clear()
 
 
@@ -187,7 +191,7 @@ def continued(run: Run, now: dict) -> dict:
     """
     before = run.record if (run.folder / "run.json").is_file() else {}
     for what in ("config", "model", "calibration", "versions", "device") if "calibration" in before else ():
-        then, here = ({k: v for k, v in r[what].items() if k != "memory"} for r in (before, json.loads(json.dumps(now))))   # it changes no bit
+        then, here = ({k: v for k, v in r[what].items() if k not in UNSEEN} for r in (before, json.loads(json.dumps(now))))
         if then != here:
             raise InputError(f"The run {run.id} cannot go on", f"its {what} is not what it was when it began, so the result would be neither the one nor "
                              "the other", "start a new run with the same settings")
@@ -249,7 +253,8 @@ def record(config: RunConfig, prepared: Prepared) -> dict:
         "config": config.to_dict(),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": {"python": platform.python_version(), **packages},
-        "device": {"type": model.device.type, "threads": torch.get_num_threads(), "precision": str(model.dtype).removeprefix("torch."), **processes()},
+        "device": {"type": model.device.type, "threads": torch.get_num_threads(), "precision": str(model.dtype).removeprefix("torch."),
+                   "processes": distributed.size()},
         "model": {"class": type(model).__name__, "fingerprint": prepared.fingerprint, "commit": getattr(model.config, "_commit_hash", None),
                   "prunable_weights": prunable, "weights": total, "skipped": skipped_weights(model),
                   "transposed": sorted(transposed_names(model)), "heads": heads_of(model)},
@@ -292,12 +297,7 @@ def cached_general_fisher(job: Job, cache: Path) -> Scores | None:
 def _cache_key(prepared: Prepared) -> dict:
     """What decides the bits of anything computed on the open domain."""
     return {"model": prepared.fingerprint, "calibration": calibration.fingerprint(prepared.texts.general),
-            "device": prepared.model.device.type, "torch": version("torch"), **processes()}
-
-
-def processes() -> dict:
-    """How many processes share the run, where it is more than one: they add up in another order, so the last bits differ."""
-    return {"processes": distributed.size()} if distributed.several() else {}
+            "device": prepared.model.device.type, "torch": version("torch")}
 
 
 def score_domain(job: Job, label: str, batches: list[torch.Tensor], G: Scores) -> DomainImportance:

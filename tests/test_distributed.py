@@ -48,7 +48,7 @@ def test_several_processes_end_with_the_bits_of_one(n, name, llama, tmp_path, al
     done = torchrun(n, ["prune", "--config", "config.json", "--json"], tmp_path)
     assert done.returncode == 0, done.stderr
     run = Run(tmp_path / json.loads(done.stdout)["folder"])   # one process alone has spoken
-    assert len(store.find_runs(tmp_path / "runs")) == 1 and run.record["device"].get("processes", 1) == n
+    assert len(store.find_runs(tmp_path / "runs")) == 1 and run.record["device"]["processes"] == n
     found, wanted = content(run), content(alone[name])
     assert [f for f in {*found, *wanted} if found.get(f) != wanted.get(f)] == []
 

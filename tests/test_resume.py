@@ -41,6 +41,9 @@ def processes():
     context.set_forkserver_preload(["dpruner", "test_resume"])
     with pytest.MonkeyPatch.context() as patch:   # a new process runs the main module, and AppTest leaves the app as that
         patch.setitem(sys.modules, "__main__", types.ModuleType("__main__"))
+        first = context.Process(target=time.sleep, args=(0,))   # which waits for the server; the kills are to hit runs
+        first.start()
+        first.join()
         yield context
 
 
@@ -95,6 +98,20 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     for path in (tmp_path / "stage").iterdir():
         path.write_bytes(path.read_bytes()[:20])
     assert Checkpoint(tmp_path / "stage").load() == (0, {})
+
+
+@pytest.mark.parametrize("missing", range(3))
+def test_a_checkpoint_of_which_a_file_is_missing_is_passed_over(missing, tmp_path, monkeypatch):
+    monkeypatch.setattr(partial, "SHARE", float("inf"))
+    checkpoint = Checkpoint(tmp_path / "stage")
+    for step in range(1, 4):
+        checkpoint.offer(step, lambda: {}, {f"block {step}": torch.ones(1)})
+    sorted((tmp_path / "stage").glob("final-*"))[missing].unlink()
+    again = Checkpoint(tmp_path / "stage")
+    assert again.load() == (0, {})
+    again.offer(1, lambda: {}, {"block 1": torch.zeros(1)})
+    step, saved = Checkpoint(tmp_path / "stage").load()
+    assert step == 1 and saved == {"block 1": torch.zeros(1)}
 
 
 def test_saving_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
@@ -178,6 +195,24 @@ def test_a_disk_that_was_full_for_a_while_changes_no_bit(after, brief, whole, tm
     assert run.status["state"] == "failed" and not list(tmp_path.rglob("*.tmp"))
     disk.left = 10**6
     assert content(finished(brief, run.folder)) == content(whole)
+
+
+def test_killed_while_it_tidies_up_it_is_as_finished_as_before(brief, whole, tmp_path, monkeypatch, one_thread):
+    monkeypatch.setattr(partial, "SHARE", float("inf"))
+    run = store.new_run(tmp_path, "run")
+
+    def killed(folder, **_):
+        for path in sorted(folder.rglob("*"))[::2]:
+            path.is_file() and path.unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(partial.shutil, "rmtree", killed)
+        finished(brief, run.folder)
+    assert run.status["state"] == "cancelled" and (run.folder / "partial").is_dir()
+    monkeypatch.setattr(pipeline, "pruned_models", None)   # nothing is computed again
+    assert content(finished(brief, run.folder)) == content(whole)
+    assert run.status["state"] == "done"
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9, 0.999])
