@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from dpruner import baselines, calibration, distributed, memory, store
+from dpruner import baselines, calibration, distributed, leftovers, memory, store
 from dpruner.calibration import load_calibration, load_texts
 from dpruner.compensate import Compensated, allotted, compensate_after, compensate_walk, compensation_sets, mixed_fisher
 from dpruner.config import RunConfig, split_domain
@@ -63,6 +63,7 @@ def run(config: RunConfig, *, runs: str | Path = "runs", cache: str | Path = "ca
     from dpruner import estimate   # which asks here what a run consists of
     config.check()
     with turn(pick_device(config.device), waiting), memory.following(estimate.plan_of(config), Path(cache)):
+        leftovers.clear(Path(cache))
         if folder is None:
             prepared = prepare(config)
             run = store.new_run(runs, config.title)

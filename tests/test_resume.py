@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import sys
 import time
 import types
@@ -14,7 +15,7 @@ import pytest
 import torch
 from conftest import SMALL
 
-from dpruner import InputError, RunConfig, cli, partial, pipeline, store, worker
+from dpruner import InputError, RunConfig, cli, leftovers, partial, pipeline, store, worker
 from dpruner.partial import Checkpoint
 from dpruner.store import Run
 
@@ -195,6 +196,23 @@ def test_a_disk_that_was_full_for_a_while_changes_no_bit(after, brief, whole, tm
     assert run.status["state"] == "failed" and not list(tmp_path.rglob("*.tmp"))
     disk.left = 10**6
     assert content(finished(brief, run.folder)) == content(whole)
+
+
+def killed_while_it_writes(folder: Path) -> None:
+    with store.replacing(folder / "general" / "G.safetensors") as temporary:
+        temporary.write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_a_killed_process_was_writing_to_the_cache_is_cleared(processes, tmp_path):
+    process = processes.Process(target=killed_while_it_writes, args=(tmp_path,))
+    process.start()
+    process.join(60)
+    with store.replacing(tmp_path / "general" / "other.safetensors") as own:
+        own.write_bytes(b"half")
+        assert len(list(tmp_path.rglob(".*.tmp"))) == 2
+        leftovers.clear(tmp_path)
+        assert list(tmp_path.rglob(".*.tmp")) == [own]
 
 
 def test_killed_while_it_tidies_up_it_is_as_finished_as_before(brief, whole, tmp_path, monkeypatch, one_thread):
