@@ -68,8 +68,7 @@ def factor(H: torch.Tensor) -> torch.Tensor:
     Raises:
         torch.linalg.LinAlgError: H is not positive definite.
     """
-    # MPS has no float64
-    exact = H.to("cpu" if H.device.type == "mps" else H.device, torch.float64)
-    V = torch.linalg.cholesky(exact.flip(0, 1)).flip(0, 1)
+    # MPS has no float64; and no name for what is not needed any more
+    V = torch.linalg.cholesky(H.to("cpu" if H.device.type == "mps" else H.device, torch.float64).flip(0, 1)).flip(0, 1)
     identity = torch.eye(V.shape[0], dtype=V.dtype, device=V.device)
     return torch.linalg.solve_triangular(V, identity, upper=True).to(H)

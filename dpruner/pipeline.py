@@ -342,6 +342,7 @@ def prune(job: Job, method: str, label: str, scores: Scores | None, general_fish
         fishers += [general_fisher] if general_fisher is not None else []
         wanted = allotted(model, fishers, sparsity) if config.allot == "loss" else sparsity
         fisher = mixed_fisher(fishers) if len(fishers) > 1 else fishers[0]
+        del fishers
         return compensate_walk(model, sets, fisher, wanted, 1.0 if config.lam is None else config.lam, refined=config.refine, **watched)
     granularity = granularity_of(method, config)
     masks = make_masks(scores, None if ":" in granularity else sparsity, granularity)
