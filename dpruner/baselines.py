@@ -51,8 +51,8 @@ def wanda(model: nn.Module, batches: list[torch.Tensor], sparsity: float | None 
     grouping = "row" if granularity == "global" else granularity
 
     def visit(rows, hessians):
-        norms = hessians[0].total.diagonal().sqrt()   # its diagonal is Σ x²
         for name, W in rows.items():
+            norms = hessians[0].total.diagonal().sqrt().to(W)   # its diagonal is Σ x²
             as_rows(scores[name], name in names).copy_(W.abs() * norms)
             if sparsity is not None:
                 W.masked_fill_(removed_rows(W.abs() * norms, sparsity, grouping, hidden), 0)

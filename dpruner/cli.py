@@ -151,6 +151,8 @@ def _finished(config: RunConfig, args: argparse.Namespace, **where):
     with loading.quiet_libraries(), distributed.team() as first:
         if not first:
             return distributed.follow(lambda: loading.load_model(config.model, revision=config.revision, device=config.device, dtype=config.dtype)[0])
+        if config.finetune and distributed.several():
+            print("Fine-tuning takes one batch after the other: its domain pass runs in the first process, and the others wait.", file=sys.stderr)
         with _watching() as watch:
             return pipeline.run(config, cache=args.cache, watch=watch, **where)
 

@@ -16,10 +16,11 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from dpruner.errors import InputError
 from dpruner.hessian import Hessian
+from dpruner.masks import precision
 from dpruner.model import decoder_blocks, fingerprint
 
 PATIENCE = timedelta(days=30)   # the others wait while the first one evaluates, writes or has no turn yet
@@ -112,10 +113,9 @@ def share(items: list) -> list:
     return items[dist.get_rank()::size()] if several() else items
 
 
-def rounds(batches: list[torch.Tensor]) -> list[tuple[torch.Tensor, float]]:
-    """(this process's batch, its weight) of every round; where there are fewer batches than processes left, some repeat one that weighs nothing."""
-    own = range(dist.get_rank(), len(batches) + dist.get_rank(), size())
-    return [(batches[min(number, len(batches) - 1)], float(number < len(batches))) for number in own]
+def rounds(batches: list[torch.Tensor]) -> list[torch.Tensor]:
+    """This process's batch of every round; where there are fewer batches than processes left, it repeats one."""
+    return [batches[min(number, len(batches) - 1)] for number in range(dist.get_rank(), len(batches) + dist.get_rank(), size())]
 
 
 def gathered(value) -> list:
@@ -127,14 +127,9 @@ def gathered(value) -> list:
     return found
 
 
-def add_up(hessian: Hessian, like: torch.Tensor) -> Hessian:
-    """The Hessian over the tokens of all processes: sums and counts added up.
-
-    Args:
-        like: a tensor of the precision and on the device that H is to have.
-    """
+def add_up(hessian: Hessian) -> Hessian:
+    """The Hessian over the tokens of all processes: sums and counts added up."""
     if several():
-        hessian.total = hessian.total.to(like)
         dist.all_reduce(hessian.total)
         hessian.count = sum(gathered(hessian.count))
     return hessian
@@ -149,31 +144,48 @@ def spread(tensor: torch.Tensor) -> None:
             tensor.copy_(whole)
 
 
-class SumOfSquares(ReduceScatter):
-    """Adds up the squares of the processes' gradients in place of the gradients.
+class Exchange(ReduceScatter):
+    """In place of adding up the processes' gradients, each process gets its rows of every one of them.
 
-    Each process has a batch of its own, and `Σ g_j²` is wanted, not `(Σ g_j)²`.
+    Each has a batch of its own, and what is made of their gradients, such as `Σ g_j²`, is not made of their sum.
     """
 
     def allocate(self, size, *, dtype, device):
         return torch.empty(size, dtype=dtype, device=device)
 
     def __call__(self, output_tensor, input_tensor, group, op, async_op=False):
-        return dist.reduce_scatter_single(output_tensor, input_tensor.square_(), group=group, async_op=async_op)
+        self.received = torch.empty_like(input_tensor)
+        dist.all_to_all_single(self.received, input_tensor, group=group)
+
+    def gradients(self, g: DTensor) -> list[torch.Tensor]:
+        """The processes' gradients in their order, of this process's rows of a parameter.
+
+        Args:
+            g: that parameter's gradient as FSDP hands it over: it has its place in the memory in which their sum would be.
+        """
+        g = g.to_local()
+        return [part.as_strided(g.shape, g.stride(), part.storage_offset() + g.storage_offset()) for part in self.received.chunk(size())]
 
 
-def sharded(model: nn.Module) -> nn.Module:
+def sharded(model: nn.Module) -> tuple[nn.Module, Exchange]:
     """A copy of the model of which every process holds its share of each weight's rows, gathered block by block as they are needed (FSDP2).
 
-    The gradients that its parameters get are sums of the squares of the processes' gradients.
+    What its parameters get as gradients means nothing; the Exchange has those of all processes.
     """
-    model = copy.deepcopy(model)
+    model, exchange = copy.deepcopy(model), Exchange()
     mesh = init_device_mesh(model.device.type, (size(),))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.promote_types(model.dtype, torch.float32))
     for part in (*decoder_blocks(model)[1], model):
         fully_shard(part, mesh=mesh, mp_policy=policy)
-        part.set_custom_reduce_scatter(SumOfSquares())
-    return model
+        part.set_custom_reduce_scatter(exchange)
+    return model, exchange
+
+
+def rows_of(tensor: torch.Tensor | None, parameter: DTensor) -> torch.Tensor:
+    """This process's rows of a tensor shaped like a sharded parameter, which only the first process has to have."""
+    local = parameter.to_local()
+    everything = torch.empty(parameter.shape, dtype=precision(local), device=local.device) if tensor is None else tensor.to(local.device)
+    return distribute_tensor(everything, parameter.device_mesh, [Shard(0)]).to_local()
 
 
 def whole(part: torch.Tensor, parameter: DTensor) -> torch.Tensor:

@@ -11,8 +11,8 @@ from torch import nn
 
 from dpruner import distributed, memory
 from dpruner.errors import InputError
-from dpruner.formulas import DEFAULT_LAM, FORMULAS, balanced, relative_
-from dpruner.masks import Scores, precise, precision
+from dpruner.formulas import DEFAULT_LAM, FORMULAS, Fisher, balanced, relative_
+from dpruner.masks import Scores, precise
 from dpruner.model import prunable_linears, require_batches, transposed_names
 from dpruner.partial import NOTHING, Checkpoint
 from dpruner.walk import Progress, quiet, stack
@@ -167,43 +167,6 @@ def stream_gradients(model: nn.Module, batches: list[torch.Tensor], consume: Cal
     return losses
 
 
-def stream_squares(model: nn.Module, batches: list[torch.Tensor], squares: Mapping[str, torch.Tensor], *, stage: str, progress: Progress = quiet,
-                   checkpoint: Checkpoint = NOTHING) -> list[float]:
-    """Add `Σ_j g_j²` to `squares`, {name: Tensor as stored}; otherwise as `stream_gradients`. Several processes share the batches.
-
-    In float16 the first process does all of it: squares would not fit between its smallest and largest number.
-    """
-    if not distributed.several() or model.dtype == torch.float16:
-        return stream_gradients(model, batches, lambda name, g, part: squares[name][part].addcmul_(g, g), stage=stage, names=squares,
-                                progress=progress, sums=squares, checkpoint=checkpoint)
-    require_batches(model, batches)
-    with distributed.announced(model, _share_squares, batches=batches, names=list(squares)):
-        return _share_squares(model, batches, list(squares), squares, stage, progress)
-
-
-def _share_squares(model, batches, names, squares=None, stage="", progress=quiet) -> list[float]:
-    """What each of several processes does: rounds in which every one has a batch, or in the last perhaps none, which weighs nothing."""
-    parts = distributed.sharded(model)
-    weights = {n: m.weight for n, m in prunable_linears(parts).items() if n in names}
-    sums = {n: torch.zeros_like(precise(w.detach().to_local())) for n, w in weights.items()}
-    rounds = distributed.rounds(batches)
-    losses: list[float] = []
-    with _frozen(parts), consumed_gradients(weights, lambda name, g: sums[name].add_(precise(g.to_local()))):
-        for mine, weight in rounds:
-            progress(stage, len(losses), len(batches))
-            loss = next_token_loss(parts, mine.to(model.device))
-            for value in distributed.gathered(loss.item())[:len(batches) - len(losses)]:
-                losses.append(value)
-                _require_finite(value, len(losses))
-            (loss * weight).backward()
-    progress(stage, len(batches), len(batches))
-    for name, part in sums.items():
-        total = distributed.whole(part, weights[name])
-        if squares is not None:
-            squares[name].add_(total.to(squares[name]))
-    return losses
-
-
 def _require_finite(loss: float, number: int) -> None:
     if not math.isfinite(loss):
         raise InputError(f"The loss of calibration batch {number} is {loss}", "the model overflows on this text in its precision",
@@ -304,15 +267,12 @@ def domain_importance(model: nn.Module, batches: list[torch.Tensor], G: Mapping[
         raise InputError("The general importance does not fit the model", "its names or shapes are those of other weights",
                          "compute it with general_importance on this very model")
     alpha = finetune.lr if finetune else alpha
-    domain, dual = Scores({}, transposed_names(model)), Scores({}, transposed_names(model))
+    found: dict[str, dict[str, torch.Tensor]] = {}
     for part, watched in passes_over(linears, 1 if finetune else passes, "domain importance", progress, checkpoint):
-        accumulators = {n: FORMULAS[formula](linears[n].weight.data, G[n].to(linears[n].weight.device), lam, alpha) for n in part}
-        losses = _accumulate(model, batches, accumulators, formula, finetune, watched)
-        for name, a in accumulators.items():
-            domain[name] = memory.kept(a.domain(len(losses)))
-            if formula != "balanced":
-                dual[name] = memory.kept(a.dual(len(losses)))
-        del accumulators
+        scores, losses = score_batches(model, batches, part, FORMULAS[formula], G, lam, alpha, finetune, **watched)
+        found |= scores
+    domain, dual = (Scores({n: s[what] for n, s in found.items() if what in s}, transposed_names(model)) for what in ("domain", "dual"))
+    del found
     if formula == "balanced":
         domain = relative_(domain, means)
         dual = balanced(domain, G, lam, means)
@@ -322,17 +282,67 @@ def domain_importance(model: nn.Module, batches: list[torch.Tensor], G: Mapping[
     return DomainImportance(dual, domain, Scores({n: G[n] for n in linears}, dual.transposed), losses)   # G may come from a file, in its own order
 
 
-def _accumulate(model, batches, accumulators, formula, finetune, watched) -> list[float]:
-    """One pass over the batches, into accumulators {name: one of FORMULAS}; returns the losses."""
-    def consume(name, g, part):
-        accumulators[name].add(g, part)
+def score_batches(model: nn.Module, batches: list[torch.Tensor], names: Collection[str], formula: type, G: Mapping[str, torch.Tensor] | None = None,
+                  lam: float = 0.0, alpha: float = 0.0, finetune: FineTune | None = None, *, stage: str, progress: Progress = quiet,
+                  checkpoint: Checkpoint = NOTHING) -> tuple[dict[str, dict[str, torch.Tensor]], list[float]]:
+    """One pass over the batches with a formula. Several processes share the batches, unless the model is tuned from one to the next.
 
-    if formula == "balanced" and not finetune:
-        return stream_squares(model, batches, {n: a.squares for n, a in accumulators.items()}, **watched)
-    watched["sums"] = {f"{what} {n}": total for n, a in accumulators.items() for what, total in a.sums.items()}
-    if finetune:
-        return _tune_and_stream(model, batches, consume, finetune, **watched)
-    return stream_gradients(model, batches, consume, names=accumulators, **watched)
+    Args:
+        names: of the weights that are scored.
+        formula: a class of `formulas`.
+        stage, progress, checkpoint: as in `stream_gradients`.
+
+    Returns:
+        ({name: the formula's scores}, the batches' losses in nats).
+    """
+    watched = {"stage": stage, "progress": progress, "checkpoint": checkpoint}
+    if distributed.several() and not finetune:
+        require_batches(model, batches)
+        with distributed.announced(model, _share_batches, batches=batches, names=names, formula=formula, lam=lam, alpha=alpha):
+            return _share_batches(model, batches, names, formula, lam, alpha, G, stage, progress)
+    linears = prunable_linears(model)
+    sums = {n: formula(linears[n].weight.data, G and G[n].to(linears[n].weight.device), lam, alpha) for n in names}
+
+    def consume(name, g, part):
+        sums[name].add(g, part)
+
+    watched["sums"] = {f"{what} {n}": total for n, s in sums.items() for what, total in s.sums.items()}
+    losses = _tune_and_stream(model, batches, consume, finetune, **watched) if finetune else stream_gradients(model, batches, consume, names=names, **watched)
+    return {n: {what: memory.kept(s) for what, s in sums.pop(n).scores(len(losses)).items()} for n in names}, losses
+
+
+def _share_batches(model, batches, names, formula, lam, alpha, G=None, stage="", progress=quiet):
+    """What each of several processes does: it takes every N-th batch, and the rows of the weights that are its own from the gradient of every batch.
+
+    It adds them up in the order of the batches, so that the sums are those of one process, bit for bit.
+    """
+    parts, exchange = distributed.sharded(model)
+    weights = {n: m.weight for n, m in prunable_linears(parts).items() if n in names}
+    sums = {n: formula(w.detach().to_local(), distributed.rows_of(G and G[n], w) if formula.regards_general else None, lam, alpha)
+            for n, w in weights.items()}
+    scale, losses = _loss_scale(model), []
+
+    def take(name, g):
+        for other in exchange.gradients(g)[:len(losses) - before]:
+            sums[name].add(precise(other).div_(scale), slice(0, len(other)))
+
+    with _frozen(parts), consumed_gradients(weights, take):
+        for mine in distributed.rounds(batches):
+            before = len(losses)
+            progress(stage, before, len(batches))
+            loss = next_token_loss(parts, mine.to(model.device))
+            for value in distributed.gathered(loss.item())[:len(batches) - before]:
+                losses.append(value)
+                _require_finite(value, len(losses))
+            (loss * scale).backward()
+    progress(stage, len(batches), len(batches))
+    found: dict[str, dict[str, torch.Tensor]] = {n: {} for n in weights}
+    for name, w in weights.items():
+        for what, s in sums.pop(name).scores(len(losses)).items():
+            s = distributed.whole(s, w)   # all processes take part in it
+            if distributed.first():
+                found[name][what] = memory.kept(s)
+    return found, losses
 
 
 def passes_over(linears: Mapping[str, nn.Module], passes: int, stage: str, progress: Progress,
@@ -368,7 +378,6 @@ def fisher_diagonal(model: nn.Module, batches: list[torch.Tensor], *, stage: str
     """
     linears, found = prunable_linears(model), Scores({}, transposed_names(model))
     for part, watched in passes_over(linears, passes, stage, progress, checkpoint):
-        squares = {n: memory.sums(linears[n].weight.detach(), precision(linears[n].weight)) for n in part}
-        losses = stream_squares(model, batches, squares, **watched)
-        found |= {n: memory.kept(s.div_(len(losses))) for n, s in squares.items()}
+        scores, _ = score_batches(model, batches, part, Fisher, **watched)
+        found |= {n: s["fisher"] for n, s in scores.items()}
     return found

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,10 @@ from dpruner.calibration import CATALOGUE, load_texts
 from dpruner.config import RunConfig, split_domain
 from dpruner.errors import InputError
 from dpruner.loading import DTYPES, blank_model, is_here, pick_device
-from dpruner.masks import ranked
+from dpruner.masks import as_rows, ranked
 from dpruner.memory import Plan, parse_size
-from dpruner.model import count_weights, decoder_blocks, hidden_size, linears_of, max_length, prunable_linears, require_length
+from dpruner.model import (count_weights, decoder_blocks, hidden_size, linears_of, max_length, prunable_linears, require_length,
+                           stored_transposed)
 from dpruner.walk import TOKENS_PER_PASS
 
 PROGRAM = {"cpu": 380e6, "cuda": 700e6}   # bytes of Python, torch and the text before there is a model; on an accelerator of its context
@@ -62,42 +64,85 @@ def peak_memory(config: RunConfig, model: nn.Module, device: str, plan: Plan | N
     plan = plan or (choose(config, model, device, parse_size(config.memory)) if config.memory else Plan())
     kind = torch.device(device).type
     files = plan.outside and kind == "cpu"
-    linears = prunable_linears(model)
     prunable, total = count_weights(model)
     item = precision(config, model, device).itemsize
-    vocabulary, hidden = model.get_input_embeddings().weight.shape
-    shapes = [tuple(m.weight.shape) for m in linears.values()]
-    blocks = decoder_blocks(model)[1]
-    per_token = sum(map(sum, shapes)) * item + hidden * 4 * len(blocks)   # backward needs in- and outputs of linears
-    if plan.checkpointing:
-        per_token = per_token / len(blocks) + hidden * item * len(blocks)
-    logits = vocabulary * (2 * item + 8)                                  # and once more in float32, twice
-    largest = max(a * b for a, b in shapes)
     inside = 0 if plan.outside else 1   # of what is as large as the model, how often it is there
     always = {"weights": 0 if files else total * item, "general importance": 4 * prunable * inside}
-
-    widest = max(map(max, shapes))
-    block = max(sum(m.weight.numel() for m in linears_of(model, b).values()) for b in blocks)
-    walk = {"one block and its Hessians": 12 * block + item * block + 16 * widest**2,
-            "texts inside the model": inside * 2 * config.nsamples * config.seqlen * hidden * item}
-
-    tokens = config.seqlen
-    in_pass = 0 if files else prunable if not plan.outside else prunable / plan.passes
-    scoring = {"domain scores": SCORES[config.formula] * in_pass, "general importance of a part": (1 - inside) * 4 * in_pass}
-    if config.finetune:
-        tokens = min(8, config.nsamples) * min(config.seqlen, 1024)
-        largest = max(largest, vocabulary * hidden)
-        if kind == "cpu" and not files:
-            scoring["copy of the weights"] = total * item
-    scoring |= {"scores kept from before": inside * (16 if pipeline.wants_halves(config) else 8 if len(config.domains) > 1 else 0) * prunable,
-                "gradients and activations": largest * (item + 4) + tokens * int(1.2 * per_token + logits)}
-
-    window = config.eval_seqlen or min(2048, max_length(model) or 2048)
-    judging = {"domain scores": inside * 8 * prunable, "masks and weights put aside": inside * (prunable + int(config.sparsity * prunable) * item),
-               "evaluation": max(window, TOKENS_PER_PASS) * (logits + 4 * widest * item)} if config.evaluate else {}
-    ranking = {"ranking of one matrix": 32 * largest} if plan.outside else {}
-    worst = max((walk, scoring, judging, ranking), key=lambda parts: sum(parts.values()))
+    stages = _walks(config, model, item, inside) + [_domain_pass(config, model, item, plan, kind), _judging(config, model, item, inside)]
+    largest = max(m.weight.numel() for m in prunable_linears(model).values())
+    stages.append({"domain scores": 8 * prunable * inside, "ranks": prunable * inside, "ranking of one matrix": 32 * largest})
+    worst = max(stages, key=lambda parts: sum(parts.values()))
     return {"program": round(PROGRAM.get(kind, 0)), **{what: round(SPARE * size) for what, size in (always | worst).items() if size}}
+
+
+def _walks(config: RunConfig, model: nn.Module, item: int, inside: int) -> list[dict[str, float]]:
+    """Of general importance, and of a compensation where there is one."""
+    blocks = decoder_blocks(model)[1]
+    prunable, _ = count_weights(model)
+    block = max(sum(m.weight.numel() for m in linears_of(model, b).values()) for b in blocks)
+    groups = max((_groups(model, b) for b in blocks), key=lambda found: sum(n * n for n, _ in found))
+    text = inside * config.nsamples * config.seqlen * hidden_size(model) * item
+    tokens = max(config.seqlen, TOKENS_PER_PASS)
+
+    def walk(sets: int, refined: bool) -> dict[str, float]:
+        # of the linears that share an input: float32 copies, stacked ones, transposed ones; the factor of H in float64; then what `refine` steps with
+        at_work = max(max(8 * n * out + 40 * n * n, (46 if refined else 18) * n * out + 16 * n * n) for n, out in groups)
+        return {"one block": item * block + at_work + tokens * sum(n for n, _ in groups) * item, "Hessians": sets * sum(8 * n * n for n, _ in groups),
+                "texts inside the model": sets * text}
+
+    found = [walk(1, False)]
+    if config.compensate or "sparsegpt" in config.methods:
+        mixed = config.hessian if config.compensate else config.baseline_calibration
+        walked = config.compensate == "walk" and "dpruner" in config.methods
+        scored = {"dpruner", "domain", "general"} & set(config.methods) and (pipeline.wants_sides(config) or {"domain", "general"} & set(config.methods))
+        found.append(walk(2 if mixed == "mix" else 1, walked and config.refine > 0) | {
+            "domain scores": inside * prunable * (8 if scored else 0), "masks and weights": inside * prunable * (1 + item),
+            "Fishers": inside * prunable * (8 if config.fisher == "both" else 4) if walked else 0,
+            "scores of another method": inside * prunable * 4 if config.compensate == "after" and {"wanda", "magnitude", "random"} & set(config.methods) else 0})
+    return found
+
+
+def _groups(model: nn.Module, block: nn.Module) -> list[tuple[int, int]]:
+    """(width, outputs) of the linears of a block that may share an input: those of one module with one width."""
+    found: Counter[tuple[str, int]] = Counter()
+    for name, m in linears_of(model, block).items():
+        out, width = as_rows(m.weight, stored_transposed(m)).shape
+        found[name.rsplit(".", 2)[0], width] += out
+    return [(width, outputs) for (_, width), outputs in found.items()]
+
+
+def _domain_pass(config: RunConfig, model: nn.Module, item: int, plan: Plan, kind: str) -> dict[str, float]:
+    """Scores, one gradient, and what backward needs of the text that passes through."""
+    files, prunable, total = plan.outside and kind == "cpu", *count_weights(model)
+    shapes, blocks = [tuple(m.weight.shape) for m in prunable_linears(model).values()], decoder_blocks(model)[1]
+    vocabulary, hidden = model.get_input_embeddings().weight.shape
+    per_token = sum(map(sum, shapes)) * item + hidden * 4 * len(blocks)   # in- and outputs of linears
+    if plan.checkpointing:
+        per_token = per_token / len(blocks) + hidden * item * len(blocks)
+    in_pass = 0 if files else prunable if not plan.outside else prunable / plan.passes
+    found = {"domain scores": SCORES[config.formula] * in_pass, "general importance of a part": 4 * in_pass if plan.outside else 0}
+    tokens, largest = config.seqlen, max(a * b for a, b in shapes)
+    if config.finetune:
+        tokens, largest = min(8, config.nsamples) * min(config.seqlen, 1024), max(largest, vocabulary * hidden)
+        found["copy of the weights"] = total * item if kind == "cpu" and not files else 0
+    return found | {"gradients and activations": largest * (item + 4) + tokens * int(1.2 * per_token + _logits(vocabulary, item))}
+
+
+def _judging(config: RunConfig, model: nn.Module, item: int, inside: int) -> dict[str, float]:
+    """Perplexity of a pruned model."""
+    if not config.evaluate:
+        return {}
+    prunable, _ = count_weights(model)
+    widest = max(max(m.weight.shape) for m in prunable_linears(model).values())
+    tokens = max(config.eval_seqlen or min(2048, max_length(model) or 2048), TOKENS_PER_PASS)
+    aside = 2 * item if config.compensate or "sparsegpt" in config.methods else config.sparsity * item   # moved weights, and the original ones
+    return {"domain scores": inside * 8 * prunable, "masks and weights put aside": inside * (2 + aside) * prunable,
+            "evaluation": tokens * (_logits(model.get_input_embeddings().weight.shape[0], item) + 4 * widest * item)}
+
+
+def _logits(vocabulary: int, item: int) -> int:
+    """Bytes a token: as the model gives them, and in float32 as they are, as log-probabilities, and once more."""
+    return vocabulary * (2 * item + 8)
 
 
 def choose(config: RunConfig, model: nn.Module, device: str, allowance: int) -> Plan:

@@ -1,4 +1,4 @@
-"""The scores by name (METHOD section 4): what each adds up batch by batch, in its `sums`, and what it makes of them. Tensors in, tensors out."""
+"""The scores by name (METHOD section 4): what each adds up batch by batch, in its `sums`, and the `scores` it makes of them. Tensors in, tensors out."""
 
 from collections.abc import Mapping
 
@@ -12,22 +12,33 @@ RELEASE_COUNT = 1000      # constant by which it divides g²
 DEFAULT_LAM = {"balanced": 1.0, "taylor": 1.0, "release": 0.1}
 
 
-class Balanced:
-    """`F = mean_j u_j²`, u = g·w: the expected increase of the domain loss for removing the weight; G joins in `balanced`."""
+class Fisher:
+    """`mean_j g_j²`, the diagonal of the empirical Fisher."""
 
-    def __init__(self, w: torch.Tensor, G: torch.Tensor, lam: float, alpha: float):
+    regards_general = False   # whether G joins in batch by batch
+
+    def __init__(self, w: torch.Tensor, G: torch.Tensor | None, lam: float, alpha: float):
         self.w, self.squares = w, memory.sums(w, precision(w))
         self.sums = {"squares": self.squares}
 
     def add(self, g: torch.Tensor, part: slice) -> None:
         self.squares[part].addcmul_(g, g)
 
-    def domain(self, count: int) -> torch.Tensor:
-        return self.squares.div_(count).mul_(precise(self.w).square())
+    def scores(self, count: int) -> dict[str, torch.Tensor]:
+        return {"fisher": self.squares.div_(count)}
+
+
+class Balanced(Fisher):
+    """`F = mean_j u_j²`, u = g·w: the expected increase of the domain loss for removing the weight; G joins in `balanced`."""
+
+    def scores(self, count: int) -> dict[str, torch.Tensor]:
+        return {"domain": self.squares.div_(count).mul_(precise(self.w).square())}
 
 
 class Taylor:
     """`mean_j |u_j − ½ u_j²|`, u = g'·w, `g' = g + 2 λ α² G g h`, h the running mean of g² (the paper's equations)."""
+
+    regards_general = True
 
     def __init__(self, w: torch.Tensor, G: torch.Tensor, lam: float, alpha: float):
         self.w, self.G, self.penalty, self.batches = w, G, 2 * lam * alpha**2, torch.zeros((), dtype=torch.int64)
@@ -47,11 +58,8 @@ class Taylor:
         """What one batch adds."""
         return torch.addcmul(u, u, u, value=-0.5).abs_()
 
-    def domain(self, count: int) -> torch.Tensor:
-        return self.of_domain.div_(count)
-
-    def dual(self, count: int) -> torch.Tensor:
-        return self.of_both.div_(count)
+    def scores(self, count: int) -> dict[str, torch.Tensor]:
+        return {"domain": self.of_domain.div_(count), "dual": self.of_both.div_(count)}
 
 
 class Release:
@@ -59,6 +67,8 @@ class Release:
 
     It does so from the second step on; here every batch counts.
     """
+
+    regards_general = True
 
     def __init__(self, w: torch.Tensor, G: torch.Tensor, lam: float, alpha: float):
         self.w, self.G, self.penalty = w, G, lam * 2 * alpha**2 / RELEASE_COUNT
@@ -77,11 +87,8 @@ class Release:
         """What one batch adds; `cube` is w³."""
         return torch.addcmul(u, u, u, value=1 / (2 * RELEASE_COUNT)).add_(cube).abs_()
 
-    def domain(self, count: int) -> torch.Tensor:
-        return self.of_domain
-
-    def dual(self, count: int) -> torch.Tensor:
-        return self.of_both
+    def scores(self, count: int) -> dict[str, torch.Tensor]:
+        return {"domain": self.of_domain, "dual": self.of_both}
 
 
 FORMULAS = {"balanced": Balanced, "taylor": Taylor, "release": Release}

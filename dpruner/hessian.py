@@ -10,28 +10,34 @@ DAMPING = 0.01
 class Hessian:
     """`H = (2/n) Σ x xᵀ` over calibration tokens, as a sum and a count so that parts can be added up (METHOD section 2, SparseGPT).
 
+    The products are float32, their sum float64: 29 bits of room make it exact, so it does not hang on which of several processes has added what.
+
     Args:
         columns: width of the inputs.
 
     Attributes:
-        total: Σ x xᵀ (in, in), float32 (float64 for float64 inputs), on the device of the inputs.
+        total: Σ x xᵀ (in, in), float64 wherever the device has it, on the device of the inputs.
         count: tokens.
     """
 
     def __init__(self, columns: int):
-        self.total = torch.zeros(columns, columns)
-        self.count = 0
+        self.total, self.precision, self.count = torch.zeros(columns, columns, dtype=torch.float64), torch.float32, 0
+
+    def to(self, like: torch.Tensor) -> "Hessian":
+        """Itself, on the device of a tensor and with a mean in its precision."""
+        self.precision = like.dtype
+        self.total = self.total.to(like.device, like.dtype if like.device.type == "mps" else torch.float64)
+        return self
 
     def add(self, x: torch.Tensor) -> None:
         """Add inputs of shape (..., in), any precision."""
         x = precise(x.detach().reshape(-1, x.shape[-1]))
-        self.total = self.total.to(x)
-        self.total.addmm_(x.t(), x)
+        self.to(x).total += x.t() @ x
         self.count += x.shape[0]
 
     def mean(self) -> torch.Tensor:
         """H (in, in)."""
-        return self.total * (2 / max(self.count, 1))
+        return (self.total * (2 / max(self.count, 1))).to(self.precision)
 
 
 def mix(hessians: list[torch.Tensor]) -> torch.Tensor:
@@ -62,8 +68,7 @@ def factor(H: torch.Tensor) -> torch.Tensor:
     Raises:
         torch.linalg.LinAlgError: H is not positive definite.
     """
-    # MPS has no float64
-    exact = H.to("cpu" if H.device.type == "mps" else H.device, torch.float64)
-    V = torch.linalg.cholesky(exact.flip(0, 1)).flip(0, 1)
+    # MPS has no float64; and no name for what is not needed any more
+    V = torch.linalg.cholesky(H.to("cpu" if H.device.type == "mps" else H.device, torch.float64).flip(0, 1)).flip(0, 1)
     identity = torch.eye(V.shape[0], dtype=V.dtype, device=V.device)
     return torch.linalg.solve_triangular(V, identity, upper=True).to(H)

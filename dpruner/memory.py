@@ -8,7 +8,6 @@ import contextlib
 import ctypes
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dpruner import leftovers
 from dpruner.errors import InputError
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -89,11 +89,12 @@ def _file(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     """An uninitialised tensor in a file that has no name any more, so that the system removes it with its last user, however that ends."""
     count = torch.Size(shape).numel()
     _folder.mkdir(parents=True, exist_ok=True)
-    handle, path = tempfile.mkstemp(dir=_folder, prefix=".outside-")
+    path = _folder / f".outside.{leftovers.mark()}.tmp"
+    handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
     try:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(handle, 0, count * dtype.itemsize)   # a full disk says so here; later it would end the process
-        return torch.from_file(path, shared=True, size=count, dtype=dtype).view(shape)
+        return torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(shape)
     finally:
         os.close(handle)
         os.unlink(path)

@@ -1,6 +1,7 @@
 """What an unfinished run has so far, on disk: a run that was killed at any moment goes on from there, with the same bits."""
 
 import contextlib
+import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -30,6 +31,7 @@ class Checkpoint:
     def __init__(self, folder: Path | None = None):
         self.folder, self.last, self.cost = folder, time.monotonic(), 0.0
         self.pending: dict[str, torch.Tensor] = {}
+        self.final: list[str] = []   # the files of what is final
 
     def load(self) -> tuple[int, dict[str, torch.Tensor]]:
         """(steps done, all saved tensors); (0, {}) where nothing was saved or a file is damaged."""
@@ -37,12 +39,13 @@ class Checkpoint:
             return 0, {}
         try:
             with store.opened(path) as file:
-                step = int((file.metadata() or {})["step"])
-            # final tensors saved after the state, by a save that was cut short, will be made again
-            parts = [p for p in sorted(self.folder.glob("final-*.safetensors")) if int(p.stem.split("-")[1]) <= step]
-            return step, {n: t for p in (*parts, path) for n, t in store.read_tensors(p).items()}
+                about = file.metadata() or {}
+            # what a save that was cut short has added to them is not among them, and will be made again
+            step, self.final = int(about["step"]), json.loads(about["final"])
+            return step, {n: t for name in (*self.final, self.STATE) for n, t in store.read_tensors(self._path(name)).items()}
         except (InputError, KeyError, ValueError):
             self.clear()
+            self.final = []
             return 0, {}
 
     def offer(self, step: int, state: Callable[[], Mapping[str, torch.Tensor]], final: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -61,9 +64,11 @@ class Checkpoint:
         began = time.monotonic()
         with contextlib.suppress(OSError, InputError):
             if self.pending:
-                store.write_tensors(self._path(f"final-{step:08d}"), {n: t.contiguous() for n, t in self.pending.items()})
-                self.pending = {}
-            store.write_tensors(self._path(self.STATE), {n: t.contiguous() for n, t in state().items()}, {"step": str(step)})
+                name = f"final-{step:08d}"
+                store.write_tensors(self._path(name), {n: t.contiguous() for n, t in self.pending.items()})
+                self.final, self.pending = [*self.final, name], {}
+            store.write_tensors(self._path(self.STATE), {n: t.contiguous() for n, t in state().items()},
+                                {"step": str(step), "final": json.dumps(self.final)})
         self.last = time.monotonic()
         self.cost = self.last - began
 
@@ -138,8 +143,5 @@ class Partial:
         return Checkpoint(self.folder / stage)
 
     def clear(self) -> None:
-        """The run is done. Pieces go before what they have put aside: killed in between, the run makes them again and misses nothing."""
-        for path in self.folder.glob("*.parquet"):
-            if path.stem.partition(" of ")[0] not in self.BESIDE:
-                path.unlink(missing_ok=True)
+        """The run is done."""
         shutil.rmtree(self.folder, ignore_errors=True)

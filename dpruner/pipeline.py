@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from dpruner import baselines, calibration, distributed, memory, store
+from dpruner import baselines, calibration, distributed, leftovers, memory, store
 from dpruner.calibration import load_calibration, load_texts
 from dpruner.compensate import Compensated, allotted, compensate_after, compensate_walk, compensation_sets, mixed_fisher
 from dpruner.config import RunConfig, split_domain
@@ -34,7 +34,9 @@ from dpruner.store import Run
 from dpruner.turns import turn
 from dpruner.walk import checkpointing
 
+LAST = "metrics.parquet"         # the last file that a run writes
 DENSE = "dense"                  # the method's name in tables where nothing is pruned
+UNSEEN = ("memory", "processes") # what changes no bit, and may be another when a run goes on
 HALVED = ("dpruner", "domain")   # methods whose masks two halves of a calibration set can disagree on
 
 
@@ -62,6 +64,7 @@ def run(config: RunConfig, *, runs: str | Path = "runs", cache: str | Path = "ca
     from dpruner import estimate   # which asks here what a run consists of
     config.check()
     with turn(pick_device(config.device), waiting), memory.following(estimate.plan_of(config), Path(cache)):
+        leftovers.clear(Path(cache))
         if folder is None:
             prepared = prepare(config)
             run = store.new_run(runs, config.title)
@@ -114,6 +117,8 @@ def execute(run: Run, config: RunConfig, prepared: Prepared, cache: Path, status
     status.plan = planned_work(config, prepared.texts)
     store.write_json(run.folder / "run.json", continued(run, record(config, prepared)))
     job = Job(run, config, prepared, status, Partial(run.folder, status.skip))
+    if (run.folder / LAST).is_file():   # killed while it tidied up
+        return job.partial.clear()
 
     from dpruner import estimate
     status.advice = functools.partial(estimate.advice, config, prepared.model)
@@ -136,7 +141,7 @@ def pruned_models(job: Job, cache: Path) -> None:
     metrics.append(similarities(run, config, prepared.texts.labels))
     store.write_table(run.folder / "stats.parquet", in_parts(pd.concat(stats, ignore_index=True)))
     store.write_table(run.folder / "losses.parquet", pd.concat(losses, ignore_index=True))
-    store.write_table(run.folder / "metrics.parquet", pd.concat([m for m in metrics if len(m)], ignore_index=True))
+    store.write_table(run.folder / LAST, pd.concat([m for m in metrics if len(m)], ignore_index=True))
     job.partial.clear()
 
 
@@ -188,7 +193,7 @@ def continued(run: Run, now: dict) -> dict:
     """
     before = run.record if (run.folder / "run.json").is_file() else {}
     for what in ("config", "model", "calibration", "versions", "device") if "calibration" in before else ():
-        then, here = ({k: v for k, v in r[what].items() if k != "memory"} for r in (before, json.loads(json.dumps(now))))   # it changes no bit
+        then, here = ({k: v for k, v in r[what].items() if k not in UNSEEN} for r in (before, json.loads(json.dumps(now))))
         if then != here:
             raise InputError(f"The run {run.id} cannot go on", f"its {what} is not what it was when it began, so the result would be neither the one nor "
                              "the other", "start a new run with the same settings")
@@ -250,7 +255,8 @@ def record(config: RunConfig, prepared: Prepared) -> dict:
         "config": config.to_dict(),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": {"python": platform.python_version(), **packages},
-        "device": {"type": model.device.type, "threads": torch.get_num_threads(), "precision": str(model.dtype).removeprefix("torch."), **processes()},
+        "device": {"type": model.device.type, "threads": torch.get_num_threads(), "precision": str(model.dtype).removeprefix("torch."),
+                   "processes": distributed.size()},
         "model": {"class": type(model).__name__, "fingerprint": prepared.fingerprint, "commit": getattr(model.config, "_commit_hash", None),
                   "prunable_weights": prunable, "weights": total, "skipped": skipped_weights(model),
                   "transposed": sorted(transposed_names(model)), "heads": heads_of(model)},
@@ -293,12 +299,7 @@ def cached_general_fisher(job: Job, cache: Path) -> Scores | None:
 def _cache_key(prepared: Prepared) -> dict:
     """What decides the bits of anything computed on the open domain."""
     return {"model": prepared.fingerprint, "calibration": calibration.fingerprint(prepared.texts.general),
-            "device": prepared.model.device.type, "torch": version("torch"), **processes()}
-
-
-def processes() -> dict:
-    """How many processes share the run, where it is more than one: they add up in another order, so the last bits differ."""
-    return {"processes": distributed.size()} if distributed.several() else {}
+            "device": prepared.model.device.type, "torch": version("torch")}
 
 
 def score_domain(job: Job, label: str, batches: list[torch.Tensor], G: Scores) -> DomainImportance:
@@ -342,6 +343,7 @@ def prune(job: Job, method: str, label: str, scores: Scores | None, general_fish
         fishers += [general_fisher] if general_fisher is not None else []
         wanted = allotted(model, fishers, sparsity) if config.allot == "loss" else sparsity
         fisher = mixed_fisher(fishers) if len(fishers) > 1 else fishers[0]
+        del fishers
         return compensate_walk(model, sets, fisher, wanted, 1.0 if config.lam is None else config.lam, refined=config.refine, **watched)
     granularity = granularity_of(method, config)
     masks = make_masks(scores, None if ":" in granularity else sparsity, granularity)

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import time
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dpruner import memory
+from dpruner import leftovers, memory
 from dpruner.errors import InputError
 from dpruner.masks import Scores, pack, unpack
 
@@ -26,7 +25,7 @@ ROW_GROUP = 2**16   # rows of a table that are read, or passed over, together
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`; renamed to it when the body ends well, removed when it does not. Readers never see half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = path.with_name(f".{path.name}.{leftovers.mark()}.tmp")
     try:
         yield temporary
         with open(temporary, "rb") as file:

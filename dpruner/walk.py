@@ -222,7 +222,7 @@ def _walk(model, calibrations, visit, results, update, stage, progress, checkpoi
     for batches in calibrations:
         # always the same passes, however the caller batched: which of two equal scores goes can hang on the last bit, and in a walk all that
         # follows hangs on which
-        batches = stack(distributed.share([row for batch in batches for row in batch.split(1)]))
+        batches = distributed.share(stack(batches))
         recorder = block_calls(model, blocks, batches)
         sets.append((recorder.hidden, recorder.calls))
     start, saved = checkpoint.load()
@@ -240,7 +240,7 @@ def _walk(model, calibrations, visit, results, update, stage, progress, checkpoi
             for names in sorted(set().union(*distributed.gathered({names for found in hessians for names in found}))):
                 rows = {n: precise(as_rows(linears[n].weight.detach(), stored_transposed(linears[n]))).clone() for n in names}
                 like = rows[names[0]]
-                of_sets = [distributed.add_up(found.get(names) or Hessian(like.shape[1]), like) for found in hessians]
+                of_sets = [distributed.add_up((found.get(names) or Hessian(like.shape[1])).to(like)) for found in hessians]
                 new = visit(rows, of_sets) if visit else rows
                 for n in names if update else ():
                     as_rows(linears[n].weight.data, stored_transposed(linears[n])).copy_(new[n])

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import sys
 import time
 import types
@@ -14,7 +15,7 @@ import pytest
 import torch
 from conftest import SMALL
 
-from dpruner import InputError, RunConfig, cli, partial, pipeline, store, worker
+from dpruner import InputError, RunConfig, cli, leftovers, partial, pipeline, store, worker
 from dpruner.partial import Checkpoint
 from dpruner.store import Run
 
@@ -41,6 +42,9 @@ def processes():
     context.set_forkserver_preload(["dpruner", "test_resume"])
     with pytest.MonkeyPatch.context() as patch:   # a new process runs the main module, and AppTest leaves the app as that
         patch.setitem(sys.modules, "__main__", types.ModuleType("__main__"))
+        first = context.Process(target=time.sleep, args=(0,))   # which waits for the server; the kills are to hit runs
+        first.start()
+        first.join()
         yield context
 
 
@@ -95,6 +99,20 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     for path in (tmp_path / "stage").iterdir():
         path.write_bytes(path.read_bytes()[:20])
     assert Checkpoint(tmp_path / "stage").load() == (0, {})
+
+
+@pytest.mark.parametrize("missing", range(3))
+def test_a_checkpoint_of_which_a_file_is_missing_is_passed_over(missing, tmp_path, monkeypatch):
+    monkeypatch.setattr(partial, "SHARE", float("inf"))
+    checkpoint = Checkpoint(tmp_path / "stage")
+    for step in range(1, 4):
+        checkpoint.offer(step, lambda: {}, {f"block {step}": torch.ones(1)})
+    sorted((tmp_path / "stage").glob("final-*"))[missing].unlink()
+    again = Checkpoint(tmp_path / "stage")
+    assert again.load() == (0, {})
+    again.offer(1, lambda: {}, {"block 1": torch.zeros(1)})
+    step, saved = Checkpoint(tmp_path / "stage").load()
+    assert step == 1 and saved == {"block 1": torch.zeros(1)}
 
 
 def test_saving_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
@@ -178,6 +196,41 @@ def test_a_disk_that_was_full_for_a_while_changes_no_bit(after, brief, whole, tm
     assert run.status["state"] == "failed" and not list(tmp_path.rglob("*.tmp"))
     disk.left = 10**6
     assert content(finished(brief, run.folder)) == content(whole)
+
+
+def killed_while_it_writes(folder: Path) -> None:
+    with store.replacing(folder / "general" / "G.safetensors") as temporary:
+        temporary.write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_a_killed_process_was_writing_to_the_cache_is_cleared(processes, tmp_path):
+    process = processes.Process(target=killed_while_it_writes, args=(tmp_path,))
+    process.start()
+    process.join(60)
+    with store.replacing(tmp_path / "general" / "other.safetensors") as own:
+        own.write_bytes(b"half")
+        assert len(list(tmp_path.rglob(".*.tmp"))) == 2
+        leftovers.clear(tmp_path)
+        assert list(tmp_path.rglob(".*.tmp")) == [own]
+
+
+def test_killed_while_it_tidies_up_it_is_as_finished_as_before(brief, whole, tmp_path, monkeypatch, one_thread):
+    monkeypatch.setattr(partial, "SHARE", float("inf"))
+    run = store.new_run(tmp_path, "run")
+
+    def killed(folder, **_):
+        for path in sorted(folder.rglob("*"))[::2]:
+            path.is_file() and path.unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(partial.shutil, "rmtree", killed)
+        finished(brief, run.folder)
+    assert run.status["state"] == "cancelled" and (run.folder / "partial").is_dir()
+    monkeypatch.setattr(pipeline, "pruned_models", None)   # nothing is computed again
+    assert content(finished(brief, run.folder)) == content(whole)
+    assert run.status["state"] == "done"
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9, 0.999])

@@ -105,7 +105,7 @@ def test_run_json_is_enough_to_repeat_the_run(small):
     assert RunConfig.from_dict(record["config"]) == small.config == RunConfig(**small.run.config)
     packages = ("torch", "transformers", "datasets", "safetensors")
     assert record["versions"] == {"python": platform.python_version(), **{p: version(p) for p in packages}}
-    assert record["device"] == {"type": "cuda" if torch.cuda.is_available() else "cpu", "threads": 1, "precision": "float32"}
+    assert record["device"] == {"type": "cuda" if torch.cuda.is_available() else "cpu", "threads": 1, "precision": "float32", "processes": 1}
 
     model, tokenizer = load_model(small.config.model, device="cpu")
     digest = hashlib.sha256()
