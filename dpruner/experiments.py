@@ -30,6 +30,7 @@ MASKS = ("dpruner", "wanda", "magnitude", "general", "domain", "random")
 BOTH = {"baseline_calibration": "mix"}   # the baselines see every text that D-Pruner sees
 FROM_RUNS = ("jaccard", "jaccard floor", "jaccard ceiling", "decisions changed by λ")   # figures of a run that its experiment keeps
 LARGE = ("weights", "ranks", "edges")   # folders of a point that nothing needs once it is judged
+TAKEN_BACK = "share of sparsegpt's loss taken back"
 COLUMNS = ("x", "series", "method", "domain", "task", "metric", "value", "low", "high", "n", "against", "difference", "difference_low",
            "difference_high", "verdict")
 
@@ -217,7 +218,8 @@ def prepared(name: str, config: RunConfig, *, values: Sequence | None = None, ta
         for point in points:
             dataclasses.replace(config, **point.settings).check()
     asked = {"name": name, "config": config.to_dict(), "values": values, "tasks": [str(t) for t in tasks] if tasks else None, "limit": limit}
-    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
+    decides = {**asked, "config": {k: v for k, v in asked["config"].items() if k != "memory"}}   # which changes no bit
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
     labels = "-".join(split_domain(d)[0] for d in config.domains)
     experiment = Experiment(Path(root) / f"{name}-{labels[:60]}-{digest}")
     if not (experiment.folder / "experiment.json").is_file():
@@ -320,11 +322,24 @@ def summed_up(experiment: Experiment) -> pd.DataFrame:
                 row |= {"against": key[1] if kind == "series" and other != "own" else key[0] if kind == "x" else key[3], "difference": float(gap),
                         "difference_low": gap.low, "difference_high": gap.high, "verdict": metrics.verdict(metric, gap)}
             found.append(row)
+    found += list(_taken_back(points, answers))
     found += [row for point in points for row in _of_run(experiment.run_of(point), point)]
     if experiment.record["name"] == "calibration":
         found += list(_between_seeds(experiment, points))
     table = pd.DataFrame(found, columns=COLUMNS)
     return table.astype(dict.fromkeys(("against", "verdict"), object)).fillna({"against": "", "verdict": ""})
+
+
+def _taken_back(points: list[Point], answers: dict) -> Iterator[dict]:
+    """What walks take back of SparseGPT's loss at the same sparsity: a difference in % says little where there is little to gain."""
+    walks = {(p.x, p.series("dpruner")) for p in points if p.settings.get("compensate") == "walk"}
+    for (x, series, method, domain, task), rows in answers.items():
+        theirs, dense = answers.get((x, "sparsegpt", "sparsegpt", domain, task)), answers.get((x, DENSE, DENSE, "", task))
+        if (x, series) in walks and theirs is not None and dense is not None and rows.attrs["kind"] == "perplexity":
+            share = metrics.taken_back(rows, theirs, dense)
+            if share is not None:
+                yield {"x": x, "series": series, "method": method, "domain": domain, "task": task, "metric": TAKEN_BACK, "value": float(share),
+                       "low": share.low, "high": share.high, "n": share.n}
 
 
 def _of_run(run: Run, point: Point) -> Iterator[dict]:
