@@ -51,7 +51,7 @@ def write(root: str | Path, to: str | Path) -> list[str]:
     tables = {e: e.results() for e in found}
     lines = [HEAD, "## In short\n", *(f"- {sentence}" for sentence in in_short(tables)), ""]
     for name in dict.fromkeys(e.record["name"] for e in found):
-        lines.append(f"## {DESIGNS[name].question}\n")
+        lines.append(f"## {DESIGNS[name].question}\n\n{DESIGNS[name].reading}\n")
         for experiment in (e for e in found if e.record["name"] == name):
             lines += [f"```bash\n{command(experiment)}\n```\n", *section(experiment, tables[experiment])]
     lines += [*tried(Path(root) / "tried.json"), *speed(Path(root) / "speed.json")]
@@ -85,15 +85,22 @@ def signed(share: float) -> str:
 
 def gap(row) -> str:
     """A difference with its interval, marked by what it says; "" where there is none."""
-    if math.isnan(row.difference):
-        return ""
-    text = f"{signed(row.difference)} [{signed(row.difference_low)}, {signed(row.difference_high)}]"
-    return {BETTER: f"**{text}**", WORSE: f"*{text}*", NOISE: text}[row.verdict]
+    return "" if math.isnan(row.difference) else marked(row.difference, row.difference_low, row.difference_high, row.verdict)
+
+
+def marked(share: float, low: float, high: float, verdict: str) -> str:
+    text = f"{signed(share)} [{signed(low)}, {signed(high)}]"
+    return {BETTER: f"**{text}**", WORSE: f"*{text}*", NOISE: text}[verdict]
 
 
 def estimated(table: pd.DataFrame) -> pd.DataFrame:
     """The figures that have an interval."""
     return table[table.low.notna()]
+
+
+def dense_figures(table: pd.DataFrame) -> pd.Series:
+    """What the dense model is worth on each task; of the task's first metric."""
+    return table[table.method == DENSE].drop_duplicates("task").set_index("task").value
 
 
 def markdown(rows: list[list[str]], head: list[str]) -> list[str]:
@@ -107,9 +114,10 @@ def grid(table: pd.DataFrame, axis: str) -> Iterator[str]:
     for (domain, task, metric), group in figures[figures.method != DENSE].groupby(["domain", "task", "metric"], sort=False):
         dense = figures[(figures.method == DENSE) & (figures.task == task) & (figures.metric == metric)]
         against = ", ".join(dict.fromkeys(group.against[group.against != ""]))
+        against = f"{axis} {against}" if against in set(figures.x) else against
         text = task.removesuffix("-perplexity")
         yield (f"Pruned for {domain}, {metric} on {text} text, n = {group.n.iloc[0]}" + (f", dense {dense.value.iloc[0]:.1f}" if len(dense) else "")
-               + (f"; in % of {against}" if against else "") + ".\n")
+               + (f"; differences to {against} in %" if against else "") + ".\n")
         xs = list(dict.fromkeys(group.x))
         rows = [[series, *_at(xs, of, lambda r: f"{r.value:.1f} {gap(r)}".strip())] for series, of in group.groupby("series", sort=False)]
         below = shares[(shares.domain == domain) & (shares.task == task)]
@@ -131,7 +139,7 @@ def counted(table: pd.DataFrame) -> Iterator[str]:
     """Figures without an interval, as a table."""
     exact = table[table.low.isna()]
     if len(exact):
-        rows = [[r.x, r.series, r.domain, r.task, r.metric, f"{r.value:.3f}" if r.value < 1 else f"{r.value:,.0f} of {r.n:,}"] for r in exact.itertuples()]
+        rows = [[r.x, r.series, r.domain, r.task, r.metric, f"{r.value:.3f}" if "jaccard" in r.metric else f"{r.value:,.0f} of {r.n:,}"] for r in exact.itertuples()]
         yield from markdown(rows, ["at", "method", "domain", "other", "figure", "value"])
 
 
@@ -169,7 +177,7 @@ def transfer(table: pd.DataFrame) -> pd.DataFrame:
     """How much worse every mask is than the text's own, beside how alike the two masks are.
 
     Returns:
-        Columns mask, text, value (perplexity), excess, low, high (shares, against the text's own mask), jaccard; texts without a mask are left out.
+        Columns mask, text, value (perplexity), excess, low, high (shares, against the text's own mask), verdict, jaccard; texts without a mask are left out.
     """
     figures = estimated(table)
     figures = figures[figures.method != DENSE]
@@ -180,8 +188,8 @@ def transfer(table: pd.DataFrame) -> pd.DataFrame:
     for r in figures.itertuples():
         text = r.task.removesuffix("-perplexity")
         if text in set(figures.domain):
-            rows.append((r.domain, text, r.value, r.difference, r.difference_low, r.difference_high, alike.get((r.domain, text), math.nan)))
-    return pd.DataFrame(rows, columns=["mask", "text", "value", "excess", "low", "high", "jaccard"])
+            rows.append((r.domain, text, r.value, r.difference, r.difference_low, r.difference_high, r.verdict, alike.get((r.domain, text), math.nan)))
+    return pd.DataFrame(rows, columns=["mask", "text", "value", "excess", "low", "high", "verdict", "jaccard"])
 
 
 def predicts(found: pd.DataFrame) -> tuple[float, float]:
@@ -212,9 +220,10 @@ def transfer_section(table: pd.DataFrame) -> Iterator[str]:
     found = transfer(table)
     names = list(dict.fromkeys(found["mask"]))
     by = {(r.mask, r.text): r for r in found.itertuples()}
-    yield "Perplexity of each domain's mask (down) on each domain's text (across); in brackets how much worse than the text's own mask, in %.\n"
-    yield from markdown([[m, *(f"{by[m, t].value:.1f}" if m == t else f"{by[m, t].value:.1f} {signed(by[m, t].excess)} [{signed(by[m, t].low)}, {signed(by[m, t].high)}]"
-                               for t in names)] for m in names], ["mask \\ text", *names])
+    yield "Perplexity of each domain's mask (down) on each domain's text (across); beside it how much worse than the text's own mask, in %.\n"
+    dense = dense_figures(table)
+    yield from markdown([*([m, *(f"{by[m, t].value:.1f}" if m == t else f"{by[m, t].value:.1f} {marked(*by[m, t][4:8])}" for t in names)] for m in names),
+                         [DENSE, *(f"{dense[f'{t}-perplexity']:.1f}" for t in names)]], ["mask \\ text", *names])
     yield "Jaccard similarity of the same masks.\n"
     yield from markdown([[m, *("1" if m == t else f"{by[m, t].jaccard:.3f}" for t in names)] for m in names], ["", *names])
     floor, ceiling = (table[table.metric == f"jaccard {end}"].value for end in ("floor", "ceiling"))
@@ -232,7 +241,7 @@ def in_short(tables: dict[Experiment, pd.DataFrame]) -> Iterator[str]:
     special = {"goal": goal_words, "sparsity": sparsity_words, "walk": walk_words, "calibration": calibration_words, "transfer": transfer_words}
     for experiment, table in tables.items():
         name = experiment.record["name"]
-        yield from special[name](table) if name in special else choice_words(table, experiment.design)
+        yield from special[name](table) if name in special else choice_words(table, experiment.design, experiment.record["config"]["sparsity"])
 
 
 def spread(values: pd.Series, told: Callable[[float], str]) -> str:
@@ -260,7 +269,7 @@ def goal_words(table: pd.DataFrame) -> Iterator[str]:
     """Beside the gain in %, its ceiling: where SparseGPT loses 2 %, no method can win 3."""
     figures = estimated(table)
     walk = figures[(figures.series == WALK) & figures.difference.notna()]
-    dense = figures[figures.method == DENSE].drop_duplicates("task").set_index("task").value
+    dense = dense_figures(table)
     others = figures[(figures.series == "sparsegpt") & (figures.metric == "perplexity")]
     shares = figures[figures.metric == TAKEN_BACK]
     for domain, of in walk.groupby("domain", sort=False):
@@ -289,13 +298,13 @@ def reached(tables: list[pd.DataFrame]) -> Iterator[str]:
               if len(back) else ""))
 
 
-def choice_words(table: pd.DataFrame, design: Design) -> Iterator[str]:
-    """An experiment whose values are compared with one of them: what each of the others changes."""
+def choice_words(table: pd.DataFrame, design: Design, sparsity: float) -> Iterator[str]:
+    """An experiment whose values are compared with one of them, at one sparsity: what each of the others changes."""
     rows = estimated(table)
     rows = rows[rows.difference.notna()]
     told = ["; ".join([f"{series}: " + ", ".join(f"{x} {overall(at)}" for x, at in of.groupby("x", sort=False))]) for series, of in rows.groupby("series", sort=False)]
     if told:
-        yield f"{design.question} Perplexity against {design.axis} {rows.against.iloc[0]}, mean over texts. " + ". ".join(told) + "."
+        yield (f"{design.question} At {sparsity:.0%}, perplexity against {design.axis} {rows.against.iloc[0]}, mean over texts. " + ". ".join(told) + ".")
 
 
 def sparsity_words(table: pd.DataFrame) -> Iterator[str]:
@@ -327,11 +336,15 @@ def calibration_words(table: pd.DataFrame) -> Iterator[str]:
 def transfer_words(table: pd.DataFrame) -> Iterator[str]:
     found = transfer(table)
     rho, p = predicts(found)
-    if not math.isnan(rho):
-        lost = found[found.excess < 0]
-        yield (f"Similarity of masks {'predicts' if rho < 0 and p < 0.05 else 'is not shown to predict'} how well one serves another's text (Spearman {rho:+.2f}, p = {p:.2f}). "
-               f"Of {len(found[found.excess.notna()])} borrowed masks {(found.low > 0).sum()} are worse than the text's own, {(found.high < 0).sum()} better"
-               .replace("-", "−") + (f", these on {', '.join(dict.fromkeys(lost[lost.high < 0].text))} text." if (lost.high < 0).any() else "."))
+    if math.isnan(rho):
+        return
+    borrowed = found[found["mask"] != found["text"]]
+    better = borrowed[borrowed.verdict == BETTER]
+    dense = dense_figures(table)
+    yield (f"Similarity of masks {'predicts' if rho < 0 and p < 0.05 else 'is not shown to predict'} how well one serves another's text (Spearman {rho:+.2f}, "
+           f"p = {p:.2f}). Of {len(borrowed)} borrowed masks {(borrowed.verdict == WORSE).sum()} are worse than the text's own beyond the noise".replace("-", "−")
+           + (f", {len(better)} better: those on " + ", ".join(f"{text} text (dense {dense[f'{text}-perplexity']:.0f})" for text in dict.fromkeys(better.text))
+              if len(better) else "") + ".")
 
 
 def tried(path: Path) -> Iterator[str]:

@@ -17,7 +17,7 @@ from dpruner import cli
 ROOT = Path(__file__).parents[1]
 CORPORA = ROOT.parent / "shared" / "corpora"
 EXPERIMENTS, STORED = Path("experiments"), Path("docs/results")
-PIECES, CHARACTERS, DOCUMENTS = 96, 900, 300   # held-out pieces of each text and their length; documents to calibrate on
+PIECES, CHARACTERS, DOCUMENTS = 32, 900, 300   # held-out pieces of each text and their length; documents to calibrate on
 BUILT_IN = "--nsamples 32 --seqlen 128 --eval-documents 6 --eval-seqlen 128"
 
 
@@ -29,10 +29,11 @@ def real(domain: str) -> str:
 
 COMMANDS = [
     *(f"goal {real(domain)} --nsamples 32 --value 0.5 --value 0.6 --value 0.7 --value 0.8" for domain in ("legal", "finance", "healthcare")),
-    f"sparsity {real('legal')} --nsamples 64 --seqlen 256 --general-mode static --limit 48",   # as METHOD section 8
+    f"sparsity {real('legal')} --nsamples 32",
     f"formulas --domain legal --domain healthcare {BUILT_IN}",
     f"transfer --domain legal --domain healthcare --domain finance --domain science --domain code {BUILT_IN}",
     f"lambda --domain legal {BUILT_IN} --value 0 --value 0.1 --value 1 --value 10",
+    f"lambda --domain legal --sparsity 0.7 {BUILT_IN} --value 0 --value 1 --value 10",
     f"granularities --domain legal {BUILT_IN}",
     f"calibration --domain legal {BUILT_IN}",
     f"text --domain legal --sparsity 0.6 {BUILT_IN}",

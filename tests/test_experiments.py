@@ -287,7 +287,7 @@ def told(name: str, rows: list[tuple], axis: str = "0.5") -> str:
                difference - 0.01, difference + 0.01, verdict)
         for column, v in zip(columns.values(), row, strict=True):
             column.append(v)
-    words = {"goal": lambda t: [*findings.reached([t]), *findings.goal_words(t)]}.get(name, lambda t: findings.choice_words(t, DESIGNS[name]))
+    words = {"goal": lambda t: [*findings.reached([t]), *findings.goal_words(t)]}.get(name, lambda t: findings.choice_words(t, DESIGNS[name], 0.5))
     return " ".join(words(pd.DataFrame(columns)))
 
 
@@ -303,7 +303,7 @@ def test_the_goal_is_told_with_its_ceiling_and_where_it_is_missed():
 def test_a_choice_is_told_by_its_mean_and_by_what_is_more_than_noise():
     text = told("granularities", [("row", "dpruner", "a", 90, -0.1, "better"), ("row", "dpruner", "b", 110, 1 / 0.9 - 1, "worse"),
                                   ("block", "dpruner", "a", 90, 0.001, "inside the noise")], "matrix")
-    assert "against granularity matrix" in text
+    assert "At 50%, perplexity against granularity matrix" in text
     assert "row +0.0 % (better in 1, worse in 1 of 2)" in text and "block +0.1 % (inside the noise of 1)" in text
 
 
