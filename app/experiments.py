@@ -73,6 +73,7 @@ def watch(experiment: Experiment) -> None:
 def show(experiment: Experiment) -> None:
     """Figure and table of a finished experiment."""
     table, name = experiment.results(), experiment.record["name"]
+    st.caption(experiment.design.reading)
     if name == "transfer":
         widgets.chart(figures.excess(table), "experiment-excess")
         widgets.chart(figures.prediction(table), "experiment-prediction")

@@ -30,6 +30,7 @@ MASKS = ("dpruner", "wanda", "magnitude", "general", "domain", "random")
 BOTH = {"baseline_calibration": "mix"}   # the baselines see every text that D-Pruner sees
 FROM_RUNS = ("jaccard", "jaccard floor", "jaccard ceiling", "decisions changed by λ")   # figures of a run that its experiment keeps
 LARGE = ("weights", "ranks", "edges")   # folders of a point that nothing needs once it is judged
+TAKEN_BACK = "share of sparsegpt's loss taken back"
 COLUMNS = ("x", "series", "method", "domain", "task", "metric", "value", "low", "high", "n", "against", "difference", "difference_low",
            "difference_high", "verdict")
 
@@ -69,6 +70,7 @@ class Design:
         values: the usual ones.
         points: value -> the runs at it.
         against: what every figure is compared with, on the same items: ("series", name), at the same value, or ("x", value), of the same series.
+        reading: what to know when reading its figures.
     """
 
     question: str
@@ -76,6 +78,7 @@ class Design:
     values: tuple
     points: Callable[[object], list[Point]]
     against: tuple[str, str]
+    reading: str
 
 
 def _sparsity(s) -> list[Point]:
@@ -87,7 +90,8 @@ def _walk(s) -> list[Point]:
     walk = {"sparsity": s, "methods": ("dpruner",), "compensate": "walk"}
     return [Point(str(s), "", {"sparsity": s, "methods": ("sparsegpt",), **BOTH}),
             Point(str(s), "walk", walk), Point(str(s), "walk, even", walk | {"allot": "even"}),
-            Point(str(s), "walk, not refined", walk | {"refine": 0}), Point(str(s), "walk of METHOD", walk | {"allot": "even", "refine": 0})]
+            Point(str(s), "walk, not refined", walk | {"refine": 0}), Point(str(s), "walk of METHOD", walk | {"allot": "even", "refine": 0}),
+            Point(str(s), "walk, refined only", walk | {"allot": "even", "lam": 0.0})]   # SparseGPT's own score: what the steps alone give it
 
 
 def _goal(s) -> list[Point]:
@@ -132,19 +136,29 @@ def _finetune(how) -> list[Point]:
 
 TENTHS = tuple(round(0.1 * i, 1) for i in range(1, 9))
 DESIGNS = {
-    "sparsity": Design("How much can go, and by which method?", "sparsity", TENTHS, _sparsity, ("series", "sparsegpt")),
+    "sparsity": Design("How much can go, and by which method?", "sparsity", TENTHS, _sparsity, ("series", "sparsegpt"),
+                       "Baselines see the text of the domain and of the open domain, all that D-Pruner sees. Only sparsegpt and the walk move the kept weights."),
     "goal": Design("Does the dual score in the walk beat SparseGPT, in the domain and outside it?", "sparsity", (0.3, 0.4, 0.5, 0.6, 0.7, 0.8), _goal,
-                   ("series", "sparsegpt")),
-    "walk": Design("What makes the walk as good as it is?", "sparsity", (0.5, 0.7), _walk, ("series", "sparsegpt")),
-    "lambda": Design("What does λ change?", "λ", (0, 0.1, 0.3, 1, 3, 10), _lam, ("x", "1")),
-    "formulas": Design("Which formula deserves to be the default?", "formula", ("balanced", "taylor", "release"), _formula, ("x", "balanced")),
+                   ("series", "sparsegpt"), "Both see the same text of the domain and of the open domain."),
+    "walk": Design("What makes the walk as good as it is?", "sparsity", (0.5, 0.7), _walk, ("series", "sparsegpt"),
+                   "The walk has three parts: the dual score, sparsity allotted by loss, least-squares steps. 'even' is without the second, 'not refined' "
+                   "without the third, 'of METHOD' the dual score alone, 'refined only' SparseGPT's own score with the steps: what SparseGPT would gain "
+                   "by them."),
+    "lambda": Design("What does λ change?", "λ", (0, 0.1, 0.3, 1, 3, 10), _lam, ("x", "1"),
+                     "λ = 0 leaves the general side out of a mask's score. In the walk it leaves the loss's side out: SparseGPT's score chooses inside a "
+                     "matrix, the loss still allots sparsity to the matrices."),
+    "formulas": Design("Which formula deserves to be the default?", "formula", ("balanced", "taylor", "release"), _formula, ("x", "balanced"),
+                       "'after': the same mask, with the kept weights moved afterwards."),
     "granularities": Design("Where should one threshold hold?", "granularity", ("matrix", "block", "row", "global", "2:4"), _granularity,
-                            ("x", "matrix")),
-    "calibration": Design("How much text does a mask need, and how much does its choice matter?", "sequences", (4, 16, 64), _calibration, ("x", "64")),
-    "text": Design("Which text should the baselines and the walk look at?", "calibration", ("general", "domain", "mix"), _text, ("x", "mix")),
+                            ("x", "matrix"), "'after': the same mask, with the kept weights moved afterwards. 2:4 removes half, whatever the others remove."),
+    "calibration": Design("How much text does a mask need, and how much does its choice matter?", "sequences", (4, 16, 64), _calibration, ("x", "64"),
+                          "Seeds draw other sequences from the same text; where a text is short they overlap, and seeds look more alike than texts would."),
+    "text": Design("Which text should the baselines and the walk look at?", "calibration", ("general", "domain", "mix"), _text, ("x", "mix"),
+                   "'mix' sees both texts, twice as much. The walk's Fishers are those of both sides throughout; its Hessian changes."),
     "transfer": Design("How good is every domain's mask on every domain's text, and does similarity predict it?", "sparsity", (0.5,), _transfer,
-                       ("series", "own")),
-    "finetune": Design("What does tuning afterwards win back, with the mask held?", "tuned", ("none", "full"), _finetune, ("x", "none")),
+                       ("series", "own"), "Masks alone, by the dual score; the kept weights stay as they are."),
+    "finetune": Design("What does tuning afterwards win back, with the mask held?", "tuned", ("none", "full"), _finetune, ("x", "none"),
+                       "Tuning also teaches the text itself, which the dense model was not taught: being below dense is no merit of pruning."),
 }
 
 
@@ -217,7 +231,8 @@ def prepared(name: str, config: RunConfig, *, values: Sequence | None = None, ta
         for point in points:
             dataclasses.replace(config, **point.settings).check()
     asked = {"name": name, "config": config.to_dict(), "values": values, "tasks": [str(t) for t in tasks] if tasks else None, "limit": limit}
-    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
+    decides = {**asked, "config": {k: v for k, v in asked["config"].items() if k != "memory"}}   # which changes no bit
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
     labels = "-".join(split_domain(d)[0] for d in config.domains)
     experiment = Experiment(Path(root) / f"{name}-{labels[:60]}-{digest}")
     if not (experiment.folder / "experiment.json").is_file():
@@ -320,11 +335,24 @@ def summed_up(experiment: Experiment) -> pd.DataFrame:
                 row |= {"against": key[1] if kind == "series" and other != "own" else key[0] if kind == "x" else key[3], "difference": float(gap),
                         "difference_low": gap.low, "difference_high": gap.high, "verdict": metrics.verdict(metric, gap)}
             found.append(row)
+    found += list(_taken_back(points, answers))
     found += [row for point in points for row in _of_run(experiment.run_of(point), point)]
     if experiment.record["name"] == "calibration":
         found += list(_between_seeds(experiment, points))
     table = pd.DataFrame(found, columns=COLUMNS)
     return table.astype(dict.fromkeys(("against", "verdict"), object)).fillna({"against": "", "verdict": ""})
+
+
+def _taken_back(points: list[Point], answers: dict) -> Iterator[dict]:
+    """What walks take back of SparseGPT's loss at the same sparsity: a difference in % says little where there is little to gain."""
+    walks = {(p.x, p.series("dpruner")) for p in points if p.settings.get("compensate") == "walk"}
+    for (x, series, method, domain, task), rows in answers.items():
+        theirs, dense = answers.get((x, "sparsegpt", "sparsegpt", domain, task)), answers.get((x, DENSE, DENSE, "", task))
+        if (x, series) in walks and theirs is not None and dense is not None and rows.attrs["kind"] == "perplexity":
+            share = metrics.taken_back(rows, theirs, dense)
+            if share is not None:
+                yield {"x": x, "series": series, "method": method, "domain": domain, "task": task, "metric": TAKEN_BACK, "value": float(share),
+                       "low": share.low, "high": share.high, "n": share.n}
 
 
 def _of_run(run: Run, point: Point) -> Iterator[dict]:

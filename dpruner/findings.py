@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import permutations
 from pathlib import Path
 
@@ -12,10 +12,13 @@ import pandas as pd
 
 from dpruner.config import RunConfig
 from dpruner.errors import InputError
-from dpruner.experiments import DESIGNS, Experiment, find_experiments
+from dpruner.experiments import DESIGNS, TAKEN_BACK, Design, Experiment, find_experiments
 from dpruner.metrics import BETTER, NOISE, WORSE
 from dpruner.store import read_json, replacing
 from dpruner.variants import DENSE
+
+WALK = "dpruner, walk"
+FIRST_EVIDENCE = 0.03   # the most that the first walk gained; METHOD section 8
 
 HEAD = """# Results
 
@@ -25,6 +28,10 @@ holds here is a lead for them, not a proof.
 
 Perplexity is on held-out text, lower is better. Intervals are of 95 %, by bootstrap over windows of text; a difference is taken window by window
 on the same text and stands in per cent. **Bold** is better beyond its interval, *slanted* worse, plain is inside the noise.
+
+No pruned model can be expected to be better than the dense one, so where SparseGPT loses 2 %, nobody can win more. The share of its loss that is
+taken back (log-likelihood on the same windows; 0 % as much lost as there, 100 % nothing lost) says how much of what can be won is won; it is left
+out where SparseGPT's loss itself is inside the noise.
 """
 
 
@@ -44,7 +51,7 @@ def write(root: str | Path, to: str | Path) -> list[str]:
     tables = {e: e.results() for e in found}
     lines = [HEAD, "## In short\n", *(f"- {sentence}" for sentence in in_short(tables)), ""]
     for name in dict.fromkeys(e.record["name"] for e in found):
-        lines.append(f"## {DESIGNS[name].question}\n")
+        lines.append(f"## {DESIGNS[name].question}\n\n{DESIGNS[name].reading}\n")
         for experiment in (e for e in found if e.record["name"] == name):
             lines += [f"```bash\n{command(experiment)}\n```\n", *section(experiment, tables[experiment])]
     lines += [*tried(Path(root) / "tried.json"), *speed(Path(root) / "speed.json")]
@@ -78,10 +85,12 @@ def signed(share: float) -> str:
 
 def gap(row) -> str:
     """A difference with its interval, marked by what it says; "" where there is none."""
-    if math.isnan(row.difference):
-        return ""
-    text = f"{signed(row.difference)} [{signed(row.difference_low)}, {signed(row.difference_high)}]"
-    return {BETTER: f"**{text}**", WORSE: f"*{text}*", NOISE: text}[row.verdict]
+    return "" if math.isnan(row.difference) else marked(row.difference, row.difference_low, row.difference_high, row.verdict)
+
+
+def marked(share: float, low: float, high: float, verdict: str) -> str:
+    text = f"{signed(share)} [{signed(low)}, {signed(high)}]"
+    return {BETTER: f"**{text}**", WORSE: f"*{text}*", NOISE: text}[verdict]
 
 
 def estimated(table: pd.DataFrame) -> pd.DataFrame:
@@ -89,32 +98,48 @@ def estimated(table: pd.DataFrame) -> pd.DataFrame:
     return table[table.low.notna()]
 
 
+def dense_figures(table: pd.DataFrame) -> pd.Series:
+    """What the dense model is worth on each task; of the task's first metric."""
+    return table[table.method == DENSE].drop_duplicates("task").set_index("task").value
+
+
 def markdown(rows: list[list[str]], head: list[str]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows]] + [""]
 
 
 def grid(table: pd.DataFrame, axis: str) -> Iterator[str]:
-    """A table for each domain and text: models down, values across."""
+    """A table for each domain and text: models down, values across; what walks take back of SparseGPT's loss stands below."""
     figures = estimated(table)
+    shares, figures = figures[figures.metric == TAKEN_BACK], figures[figures.metric != TAKEN_BACK]
     for (domain, task, metric), group in figures[figures.method != DENSE].groupby(["domain", "task", "metric"], sort=False):
         dense = figures[(figures.method == DENSE) & (figures.task == task) & (figures.metric == metric)]
         against = ", ".join(dict.fromkeys(group.against[group.against != ""]))
+        against = f"{axis} {against}" if against in set(figures.x) else against
         text = task.removesuffix("-perplexity")
         yield (f"Pruned for {domain}, {metric} on {text} text, n = {group.n.iloc[0]}" + (f", dense {dense.value.iloc[0]:.1f}" if len(dense) else "")
-               + (f"; in % of {against}" if against else "") + ".\n")
+               + (f"; differences to {against} in %" if against else "") + ".\n")
         xs = list(dict.fromkeys(group.x))
-        rows = []
-        for series, of in group.groupby("series", sort=False):
-            by = {r.x: r for r in of.itertuples()}
-            rows.append([series, *(f"{by[x].value:.1f} {gap(by[x])}".strip() if x in by else "" for x in xs)])
+        rows = [[series, *_at(xs, of, lambda r: f"{r.value:.1f} {gap(r)}".strip())] for series, of in group.groupby("series", sort=False)]
+        below = shares[(shares.domain == domain) & (shares.task == task)]
+        rows += [[f"{series}: {TAKEN_BACK}", *_at(xs, of, share)] for series, of in below.groupby("series", sort=False)]
         yield from markdown(rows, [axis, *xs])
+
+
+def _at(xs: list[str], rows: pd.DataFrame, told: Callable) -> list[str]:
+    """One cell for each place on the axis; empty where nothing was measured."""
+    by = {r.x: told(r) for r in rows.itertuples()}
+    return [by.get(x, "") for x in xs]
+
+
+def share(row) -> str:
+    return f"{row.value:.0%} [{row.low:.0%}, {row.high:.0%}]".replace("-", "−")
 
 
 def counted(table: pd.DataFrame) -> Iterator[str]:
     """Figures without an interval, as a table."""
     exact = table[table.low.isna()]
     if len(exact):
-        rows = [[r.x, r.series, r.domain, r.task, r.metric, f"{r.value:.3f}" if r.value < 1 else f"{r.value:,.0f} of {r.n:,}"] for r in exact.itertuples()]
+        rows = [[r.x, r.series, r.domain, r.task, r.metric, f"{r.value:.3f}" if "jaccard" in r.metric else f"{r.value:,.0f} of {r.n:,}"] for r in exact.itertuples()]
         yield from markdown(rows, ["at", "method", "domain", "other", "figure", "value"])
 
 
@@ -152,7 +177,7 @@ def transfer(table: pd.DataFrame) -> pd.DataFrame:
     """How much worse every mask is than the text's own, beside how alike the two masks are.
 
     Returns:
-        Columns mask, text, value (perplexity), excess, low, high (shares, against the text's own mask), jaccard; texts without a mask are left out.
+        Columns mask, text, value (perplexity), excess, low, high (shares, against the text's own mask), verdict, jaccard; texts without a mask are left out.
     """
     figures = estimated(table)
     figures = figures[figures.method != DENSE]
@@ -163,8 +188,8 @@ def transfer(table: pd.DataFrame) -> pd.DataFrame:
     for r in figures.itertuples():
         text = r.task.removesuffix("-perplexity")
         if text in set(figures.domain):
-            rows.append((r.domain, text, r.value, r.difference, r.difference_low, r.difference_high, alike.get((r.domain, text), math.nan)))
-    return pd.DataFrame(rows, columns=["mask", "text", "value", "excess", "low", "high", "jaccard"])
+            rows.append((r.domain, text, r.value, r.difference, r.difference_low, r.difference_high, r.verdict, alike.get((r.domain, text), math.nan)))
+    return pd.DataFrame(rows, columns=["mask", "text", "value", "excess", "low", "high", "verdict", "jaccard"])
 
 
 def predicts(found: pd.DataFrame) -> tuple[float, float]:
@@ -195,9 +220,10 @@ def transfer_section(table: pd.DataFrame) -> Iterator[str]:
     found = transfer(table)
     names = list(dict.fromkeys(found["mask"]))
     by = {(r.mask, r.text): r for r in found.itertuples()}
-    yield "Perplexity of each domain's mask (down) on each domain's text (across); in brackets how much worse than the text's own mask, in %.\n"
-    yield from markdown([[m, *(f"{by[m, t].value:.1f}" if m == t else f"{by[m, t].value:.1f} {signed(by[m, t].excess)} [{signed(by[m, t].low)}, {signed(by[m, t].high)}]"
-                               for t in names)] for m in names], ["mask \\ text", *names])
+    yield "Perplexity of each domain's mask (down) on each domain's text (across); beside it how much worse than the text's own mask, in %.\n"
+    dense = dense_figures(table)
+    yield from markdown([*([m, *(f"{by[m, t].value:.1f}" if m == t else f"{by[m, t].value:.1f} {marked(*by[m, t][4:8])}" for t in names)] for m in names),
+                         [DENSE, *(f"{dense[f'{t}-perplexity']:.1f}" for t in names)]], ["mask \\ text", *names])
     yield "Jaccard similarity of the same masks.\n"
     yield from markdown([[m, *("1" if m == t else f"{by[m, t].jaccard:.3f}" for t in names)] for m in names], ["", *names])
     floor, ceiling = (table[table.metric == f"jaccard {end}"].value for end in ("floor", "ceiling"))
@@ -211,32 +237,114 @@ def transfer_section(table: pd.DataFrame) -> Iterator[str]:
 
 def in_short(tables: dict[Experiment, pd.DataFrame]) -> Iterator[str]:
     """What follows from the tables, whatever it is."""
-    def of(name: str) -> pd.DataFrame:
-        return pd.concat([t.assign(experiment=e.id) for e, t in tables.items() if e.record["name"] == name] or [pd.DataFrame()])
+    yield from reached([t for e, t in tables.items() if e.record["name"] == "goal"])
+    special = {"goal": goal_words, "sparsity": sparsity_words, "walk": walk_words, "calibration": calibration_words, "transfer": transfer_words}
+    for experiment, table in tables.items():
+        name = experiment.record["name"]
+        yield from special[name](table) if name in special else choice_words(table, experiment.design, experiment.record["config"]["sparsity"])
 
-    goal = of("goal")
-    if len(goal):
-        walk = goal[(goal.series == "dpruner, walk") & goal.difference.notna()]
-        for domain, group in walk.groupby("domain", sort=False):
-            yield (f"Dual walk against SparseGPT on both calibrations, {domain}: better in {(group.verdict == BETTER).sum()} of {len(group)} "
-                   f"comparisons of texts and sparsities, worse in {(group.verdict == WORSE).sum()}. By sparsity, the smallest and the largest gain: "
-                   + "; ".join(f"{float(x):.0%} {signed(at.difference.max())} to {signed(at.difference.min())} %" for x, at in group.groupby("x")) + ".")
-    formulas = of("formulas")
-    if len(formulas):
-        masks = estimated(formulas)
-        masks = masks[masks.method != DENSE]
-        for variant, words in (("dpruner", "as masks alone"), ("dpruner, after", "with the kept weights moved afterwards")):
-            mean = np.exp(np.log(masks[masks.series == variant].set_index("x").value).groupby(level=0).mean()).sort_values()
-            yield (f"Formulas {words}, geometric mean of perplexity over all texts: " + ", ".join(f"{name} {value:.1f}" for name, value in mean.items())
-                   + f". The default is {RunConfig().formula}" + ("." if mean.index[0] == RunConfig().formula else f", though {mean.index[0]} is ahead here."))
-    sparsity = of("sparsity")
-    if len(sparsity):
-        figures = estimated(sparsity)
-        for task, group in figures[figures.method != DENSE].groupby("task", sort=False):
-            best = {x: at.loc[at.value.idxmin()].series for x, at in group.groupby("x", sort=False)}
-            masks = {x: at.loc[at.value.idxmin()].series for x, at in group[~group.series.isin(["sparsegpt", "dpruner, walk"])].groupby("x", sort=False)}
-            yield (f"On {task.removesuffix('-perplexity')} text the lowest perplexity at each sparsity: " + ", ".join(f"{x} {s}" for x, s in best.items())
-                   + "; among methods that leave the kept weights alone: " + ", ".join(f"{x} {s}" for x, s in masks.items()) + ".")
+
+def spread(values: pd.Series, told: Callable[[float], str]) -> str:
+    """The least and the most of some figures; one where they are the same in words."""
+    ends = [told(values.min()), told(values.max())]
+    return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
+
+
+def percent(share: float) -> str:
+    return f"{share:.0%}".replace("-", "−")
+
+
+def verdicts(rows: pd.DataFrame) -> str:
+    """How many differences are more than noise, in words."""
+    better, worse = (int((rows.verdict == v).sum()) for v in (BETTER, WORSE))
+    return ", ".join([f"better in {better}"] * bool(better) + [f"worse in {worse}"] * bool(worse) + ["inside the noise"] * (not better + worse)) + f" of {len(rows)}"
+
+
+def overall(rows: pd.DataFrame) -> str:
+    """Geometric mean of differences in %, and how many of them are more than noise."""
+    return f"{signed(math.expm1(np.log1p(rows.difference).mean()))} % ({verdicts(rows)})"
+
+
+def goal_words(table: pd.DataFrame) -> Iterator[str]:
+    """Beside the gain in %, its ceiling: where SparseGPT loses 2 %, no method can win 3."""
+    figures = estimated(table)
+    walk = figures[(figures.series == WALK) & figures.difference.notna()]
+    dense = dense_figures(table)
+    others = figures[(figures.series == "sparsegpt") & (figures.metric == "perplexity")]
+    shares = figures[figures.metric == TAKEN_BACK]
+    for domain, of in walk.groupby("domain", sort=False):
+        told = []
+        for x, at in of.groupby("x", sort=False):
+            room = pd.Series([dense[r.task] / r.value - 1 for r in others[(others.x == x) & (others.domain == domain)].itertuples()])
+            back = shares[(shares.x == x) & (shares.domain == domain)].value
+            told.append(f"{float(x):.0%}: {spread(-at.difference, lambda v: signed(-v))} % where the dense model stands at {spread(-room, lambda v: signed(-v))} %"
+                        + (f", {spread(back, percent)} of the loss taken back" if len(back) else ""))
+        yield (f"Dual walk against SparseGPT on both calibrations, pruned for {domain}, over {of.task.nunique()} texts: {verdicts(of)} comparisons. "
+               "Perplexity by sparsity, with the ceiling of any gain: " + "; ".join(told) + ".")
+
+
+def reached(tables: list[pd.DataFrame]) -> Iterator[str]:
+    """Whether the walk beats SparseGPT everywhere, beyond the noise and by more than the first evidence."""
+    if not tables:
+        return
+    walk = pd.concat(tables)
+    walk = walk[walk.series == WALK]
+    rows, back = walk[walk.difference.notna()], walk[walk.metric == TAKEN_BACK].value
+    told = [f"{float(x):.0%}: {(at.verdict == BETTER).sum()} and {((at.verdict == BETTER) & (at.difference < -FIRST_EVIDENCE)).sum()} of {len(at)}"
+            for x, at in rows.groupby("x")]
+    yield (f"The goal: the dual walk better than SparseGPT on every text, beyond the noise, and by more than {FIRST_EVIDENCE:.0%} of perplexity. Comparisons "
+           f"that reach the first, and both: {'; '.join(told)}. Worse beyond the noise: {(rows.verdict == WORSE).sum()}."
+           + (f" Of what SparseGPT loses against the dense model the walk takes back {percent(back.median())} in the median, {spread(back, percent)}."
+              if len(back) else ""))
+
+
+def choice_words(table: pd.DataFrame, design: Design, sparsity: float) -> Iterator[str]:
+    """An experiment whose values are compared with one of them, at one sparsity: what each of the others changes."""
+    rows = estimated(table)
+    rows = rows[rows.difference.notna()]
+    told = ["; ".join([f"{series}: " + ", ".join(f"{x} {overall(at)}" for x, at in of.groupby("x", sort=False))]) for series, of in rows.groupby("series", sort=False)]
+    if told:
+        yield (f"{design.question} At {sparsity:.0%}, perplexity against {design.axis} {rows.against.iloc[0]}, mean over texts. " + ". ".join(told) + ".")
+
+
+def sparsity_words(table: pd.DataFrame) -> Iterator[str]:
+    figures = estimated(table)
+    figures = figures[(figures.method != DENSE) & (figures.metric == "perplexity")]
+    for task, group in figures.groupby("task", sort=False):
+        best = {x: at.loc[at.value.idxmin()].series for x, at in group.groupby("x", sort=False)}
+        masks = {x: at.loc[at.value.idxmin()].series for x, at in group[~group.series.isin(["sparsegpt", WALK])].groupby("x", sort=False)}
+        yield (f"On {task.removesuffix('-perplexity')} text the lowest perplexity at each sparsity: " + ", ".join(f"{x} {s}" for x, s in best.items())
+               + "; among methods that leave the kept weights alone: " + ", ".join(f"{x} {s}" for x, s in masks.items()) + ".")
+
+
+def walk_words(table: pd.DataFrame) -> Iterator[str]:
+    rows = estimated(table)
+    for x, at in rows[rows.difference.notna()].groupby("x", sort=False):
+        yield (f"Parts of the walk at {float(x):.0%}, perplexity against SparseGPT, mean over texts: "
+               + ", ".join(f"{series} {overall(of)}" for series, of in at.groupby("series", sort=False)) + ".")
+
+
+def calibration_words(table: pd.DataFrame) -> Iterator[str]:
+    figures = estimated(table)
+    figures = figures[figures.method != DENSE]
+    apart = {x: (of.groupby("task").value.max() / of.groupby("task").value.min() - 1).max() for x, of in figures.groupby("x", sort=False)}
+    alike = table[table.metric == "jaccard between seeds"].groupby("x", sort=False).value.mean()
+    yield ("How much text: " + "; ".join(f"with {x} sequences seeds differ by up to {100 * share:.1f} % of perplexity and share {alike[x]:.2f} of their masks"
+                                        for x, share in apart.items()) + ".")
+
+
+def transfer_words(table: pd.DataFrame) -> Iterator[str]:
+    found = transfer(table)
+    rho, p = predicts(found)
+    if math.isnan(rho):
+        return
+    borrowed = found[found["mask"] != found["text"]]
+    better = borrowed[borrowed.verdict == BETTER]
+    dense = dense_figures(table)
+    yield (f"Similarity of masks {'predicts' if rho < 0 and p < 0.05 else 'is not shown to predict'} how well one serves another's text (Spearman {rho:+.2f}, "
+           f"p = {p:.2f}). Of {len(borrowed)} borrowed masks {(borrowed.verdict == WORSE).sum()} are worse than the text's own beyond the noise".replace("-", "−")
+           + (f", {len(better)} better: those on " + ", ".join(f"{text} text (dense {dense[f'{text}-perplexity']:.0f})" for text in dict.fromkeys(better.text))
+              if len(better) else "") + ".")
 
 
 def tried(path: Path) -> Iterator[str]:

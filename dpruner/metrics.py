@@ -133,6 +133,24 @@ def difference(metric: Metric, rows: pd.DataFrame, others: pd.DataFrame, seed: i
     return Estimate(between(metric.value(rows), metric.value(others)), low, high, n=len(rows))
 
 
+def taken_back(rows: pd.DataFrame, others: pd.DataFrame, dense: pd.DataFrame, seed: int = 0) -> Estimate | None:
+    """How much of what another pruned model loses against the dense one a model takes back: 0 is as much lost as there, 1 is nothing lost.
+
+    Losses are log-likelihoods, on the same windows; above 1 is better than dense.
+
+    Args:
+        rows, others, dense: of the three models, one per window, in the same order.
+
+    Returns:
+        The share with its interval; None where what the other loses is inside the noise, so that there is nothing to take a share of.
+    """
+    mine, theirs, least = (r["loss"].to_numpy() for r in (rows, others, dense))
+    if _interval(lambda counts: counts @ (theirs - least), len(rows), seed)[0] <= 0:
+        return None
+    low, high = _interval(lambda counts: (counts @ (theirs - mine)) / (counts @ (theirs - least)), len(rows), seed)
+    return Estimate((theirs - mine).sum() / (theirs - least).sum(), low, high, n=len(rows))
+
+
 def verdict(metric: Metric, difference: Estimate) -> str:
     """What a difference says: "better", "worse", or "inside the noise" where its interval holds 0."""
     if difference.low <= 0 <= difference.high:

@@ -18,7 +18,7 @@ from torch import nn
 
 from dpruner import baselines, calibration, distributed, leftovers, memory, store
 from dpruner.calibration import load_calibration, load_texts
-from dpruner.compensate import Compensated, allotted, compensate_after, compensate_walk, compensation_sets, mixed_fisher
+from dpruner.compensate import Compensated, allotted, compensate_after, compensate_walk, compensation_sets, fisher_batches, mixed_fisher
 from dpruner.config import RunConfig, split_domain
 from dpruner.domain import DomainImportance, FineTune, domain_importance, fisher_diagonal
 from dpruner.errors import InputError
@@ -292,8 +292,9 @@ def cached_general_fisher(job: Job, cache: Path) -> Scores | None:
     """The open domain's Fisher where the dual walk regards both sides, shared like G; None where it is not asked for."""
     if job.config.compensate != "walk" or job.config.fisher != "both" or "dpruner" not in job.config.methods:
         return None
-    return cached(cache, "fisher", _cache_key(job.prepared), lambda: fisher_diagonal(
-        job.prepared.model, job.prepared.texts.general, stage="general fisher", passes=memory.plan().passes, **job.watched("general fisher")), job.status)
+    key = {**_cache_key(job.prepared), "sequences": "every other"}
+    return cached(cache, "fisher", key, lambda: fisher_diagonal(
+        job.prepared.model, fisher_batches(job.prepared.texts.general), stage="general fisher", passes=memory.plan().passes, **job.watched("general fisher")), job.status)
 
 
 def _cache_key(prepared: Prepared) -> dict:
@@ -339,7 +340,8 @@ def prune(job: Job, method: str, label: str, scores: Scores | None, general_fish
         return baselines.sparsegpt(model, texts.sets(label, config.baseline_calibration), sparsity, **watched)
     sets = texts.sets(label, config.hessian)
     if method == "dpruner" and config.compensate == "walk":
-        fishers = [fisher_diagonal(model, texts.domains[label], stage="domain fisher", passes=memory.plan().passes, **job.watched(f"fisher of {label}"))]
+        batches = fisher_batches(texts.domains[label])
+        fishers = [fisher_diagonal(model, batches, stage="domain fisher", passes=memory.plan().passes, **job.watched(f"fisher of {label}"))]
         fishers += [general_fisher] if general_fisher is not None else []
         wanted = allotted(model, fishers, sparsity) if config.allot == "loss" else sparsity
         fisher = mixed_fisher(fishers) if len(fishers) > 1 else fishers[0]
@@ -514,7 +516,7 @@ def planned_work(config: RunConfig, texts: Texts) -> list[Planned]:
     domain_pass = 2 * gradients * config.epochs if config.finetune else gradients
     plan = [Planned("general importance", walk, "general")]
     if config.compensate == "walk" and config.fisher == "both":
-        plan.append(Planned("general fisher", gradients, "fisher"))
+        plan.append(Planned("general fisher", gradients / 2, "fisher"))
     plan += [Planned("evaluation", cost, DENSE) for cost in held.values()]
     for label in texts.labels:
         if wants_sides(config) or {"domain", "general"} & set(config.methods):
@@ -526,7 +528,7 @@ def planned_work(config: RunConfig, texts: Texts) -> list[Planned]:
             if method == "sparsegpt":
                 stages.append(("sparsegpt", walk))
             elif config.compensate == "walk" and method == "dpruner":
-                stages += [("domain fisher", gradients), ("compensation", 2 * walk)]
+                stages += [("domain fisher", gradients / 2), ("compensation", 2 * walk)]
             elif config.compensate == "after":
                 stages.append(("compensation", 2 * walk))
             stages += [("evaluation", held[name]) for name in texts.judged(label)]

@@ -130,7 +130,7 @@ def block_calls(model: nn.Module, blocks: nn.ModuleList, batches: list[torch.Ten
     recorder = Recorder(blocks)
     with _passing_through(blocks, recorder):
         for ids in batches:
-            model(input_ids=ids.to(model.device), use_cache=False)
+            model.base_model(input_ids=ids.to(model.device), use_cache=False)   # nobody asks for the words that its head would predict
     return recorder
 
 

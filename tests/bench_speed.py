@@ -11,7 +11,7 @@ import torch
 
 from dpruner.baselines import sparsegpt
 from dpruner.calibration import load_calibration
-from dpruner.compensate import allotted, compensate_walk, mixed_fisher
+from dpruner.compensate import allotted, compensate_walk, fisher_batches, mixed_fisher
 from dpruner.config import RunConfig
 from dpruner.domain import fisher_diagonal
 from dpruner.loading import load_model
@@ -106,8 +106,8 @@ def walk_cost() -> dict:
         return task(), time.process_time() - start
 
     _, baseline = counted(lambda: sparsegpt(model, [general, domain], 0.6))
-    of_general, shared = counted(lambda: fisher_diagonal(model, general))
-    of_domain, own = counted(lambda: fisher_diagonal(model, domain))
+    of_general, shared = counted(lambda: fisher_diagonal(model, fisher_batches(general)))
+    of_domain, own = counted(lambda: fisher_diagonal(model, fisher_batches(domain)))
     fishers = [of_domain, of_general]
     _, walk = counted(lambda: compensate_walk(model, [general, domain], mixed_fisher(fishers), allotted(model, fishers, 0.6), refined=RunConfig().refine))
     return {"sparsegpt": baseline, "walk": walk, "fisher of the domain": own, "fisher of the open domain": shared,

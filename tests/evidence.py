@@ -19,19 +19,26 @@ CORPORA = ROOT.parent / "shared" / "corpora"
 EXPERIMENTS, STORED = Path("experiments"), Path("docs/results")
 PIECES, CHARACTERS, DOCUMENTS = 32, 900, 300   # held-out pieces of each text and their length; documents to calibrate on
 BUILT_IN = "--nsamples 32 --seqlen 128 --eval-documents 6 --eval-seqlen 128"
+
+
+def real(domain: str) -> str:
+    """Calibrated on real text of a domain and of the open domain, judged on both and on WikiText-2."""
+    tasks = " ".join(f"--task {name}={{texts}}/{name}-heldout.jsonl" for name in (domain, "general", "wikitext2"))
+    return f"--domain {domain}={{texts}}/{domain}.jsonl --general general={{texts}}/general.jsonl --column text --eval-seqlen 256 {tasks}"
+
+
 COMMANDS = [
-    *(f"goal --domain {d}={{texts}}/{d}.jsonl --general general={{texts}}/general.jsonl --column text --eval-seqlen 256 --nsamples 32 --value 0.5 "
-      f"--value 0.6 --value 0.7 --value 0.8 --task {d}={{texts}}/{d}-heldout.jsonl --task general={{texts}}/general-heldout.jsonl "
-      "--task wikitext2={texts}/wikitext2-heldout.jsonl" for d in ("legal", "finance", "healthcare")),
+    *(f"goal {real(domain)} --nsamples 32 --value 0.5 --value 0.6 --value 0.7 --value 0.8" for domain in ("legal", "finance", "healthcare")),
+    f"sparsity {real('legal')} --nsamples 32",
     f"formulas --domain legal --domain healthcare {BUILT_IN}",
     f"transfer --domain legal --domain healthcare --domain finance --domain science --domain code {BUILT_IN}",
-    f"sparsity --domain legal {BUILT_IN} --value 0.3 --value 0.5 --value 0.7",
     f"lambda --domain legal {BUILT_IN} --value 0 --value 0.1 --value 1 --value 10",
+    f"lambda --domain legal --sparsity 0.7 {BUILT_IN} --value 0 --value 1 --value 10",
     f"granularities --domain legal {BUILT_IN}",
     f"calibration --domain legal {BUILT_IN}",
     f"text --domain legal --sparsity 0.6 {BUILT_IN}",
     f"walk --domain legal {BUILT_IN}",
-    f"finetune --domain legal --sparsity 0.6 {BUILT_IN}",
+    f"finetune --domain legal --sparsity 0.6 {BUILT_IN} --value none --value full --value lora",
 ]
 
 

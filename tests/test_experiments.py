@@ -71,6 +71,34 @@ def test_every_model_stands_beside_sparsegpt_on_the_same_windows(done):
                 assert found.against == "sparsegpt" and found.verdict == metrics.verdict(metrics.PERPLEXITY, gap)
 
 
+def test_what_the_walk_takes_back_of_sparsegpts_loss(done):
+    experiment, table = done
+    masks, walk = (experiment.run_of(point) for point in experiment.points() if point.x == "0.6")
+    for task in ("legal-perplexity", "general-perplexity"):
+        mine, theirs, dense = (evaluations.finished(run, model, task) for run, model in (
+            (walk, ("dpruner", "legal")), (masks, ("sparsegpt", "legal")), (masks, ("dense", ""))))
+        per_token = [rows.loss.sum() / rows.tokens.sum() for rows in (mine, theirs, dense)]
+        share = metrics.taken_back(mine, theirs, dense)
+        told = table[(table.metric == experiments.TAKEN_BACK) & (table.x == "0.6") & (table.task == task)]
+        if share is None:
+            assert not len(told)
+        else:
+            assert share == pytest.approx((per_token[1] - per_token[0]) / (per_token[1] - per_token[2])) and share.low <= share <= share.high
+            assert [*told.value, *told.low, *told.high] == [float(share), share.low, share.high] and [*told.series] == ["dpruner, walk"]
+
+
+def test_a_share_of_a_loss_that_is_noise_is_not_told():
+    def rows(losses):
+        return pd.DataFrame({"id": range(len(losses)), "loss": losses, "tokens": 10})
+
+    dense = np.linspace(20, 30, 40)
+    half = metrics.taken_back(rows(dense + 1), rows(dense + 2), rows(dense))
+    assert (half, half.low, half.high) == pytest.approx((0.5, 0.5, 0.5)) and half.n == 40
+    assert metrics.taken_back(rows(dense + 3), rows(dense + 2), rows(dense)) == pytest.approx(-0.5)   # more lost
+    noise = np.where(np.arange(40) % 2, 1.0, -1.0)
+    assert metrics.taken_back(rows(dense), rows(dense + noise), rows(dense)) is None
+
+
 def test_both_sides_calibrate_on_the_same_text(done):
     experiment, _ = done
     for point in experiment.points():
@@ -82,6 +110,8 @@ def test_what_is_done_is_not_done_again(done, config, folder, monkeypatch):
     experiment, table = done
     again = prepared("sparsity", config, values=["0.3", "0.6"], root=folder / "e")
     assert again.folder == experiment.folder and prepared("sparsity", config, values=[0.3], root=folder / "e").folder != experiment.folder
+    bounded = prepared("sparsity", dataclasses.replace(config, memory="4GB"), values=[0.3, 0.6], root=folder / "e")   # the same bits
+    assert bounded.folder == experiment.folder
     monkeypatch.setattr(pipeline, "run", None)
     monkeypatch.setattr(evaluations, "evaluate", None)
     pd.testing.assert_frame_equal(conduct(again, cache=folder / "cache"), table)
@@ -246,6 +276,35 @@ def test_the_report_tells_the_figures_and_the_command(folder, done, transferred,
     for verdict, mark in marks.items():
         told = findings.gap(pd.Series({"difference": -0.1, "difference_low": -0.2, "difference_high": 0.05, "verdict": verdict}))
         assert told == f"{mark}−10.0 [−20.0, +5.0]{mark}"
+
+
+def told(name: str, rows: list[tuple], axis: str = "0.5") -> str:
+    """What is said in short of a table of (x, series, task, perplexity, difference, verdict)."""
+    columns = {c: [] for c in experiments.COLUMNS}
+    for x, series, task, value, difference, verdict in rows:
+        method = series.split(", ")[0]
+        row = (x, series, method, "" if method == "dense" else "legal", task, "perplexity", value, value - 1, value + 1, 9, axis if verdict else "", difference,
+               difference - 0.01, difference + 0.01, verdict)
+        for column, v in zip(columns.values(), row, strict=True):
+            column.append(v)
+    words = {"goal": lambda t: [*findings.reached([t]), *findings.goal_words(t)]}.get(name, lambda t: findings.choice_words(t, DESIGNS[name], 0.5))
+    return " ".join(words(pd.DataFrame(columns)))
+
+
+def test_the_goal_is_told_with_its_ceiling_and_where_it_is_missed():
+    rows = [(x, "dense", "a", 100, np.nan, "") for x in ("0.5", "0.8")] + [("0.5", "sparsegpt", "a", 102, np.nan, ""), ("0.8", "sparsegpt", "a", 150, np.nan, "")]
+    rows += [("0.5", "dpruner, walk", "a", 101, 101 / 102 - 1, "inside the noise"), ("0.8", "dpruner, walk", "a", 120, -0.2, "better")]
+    text = told("goal", rows)
+    assert "50%: 0 and 0 of 1; 80%: 1 and 1 of 1" in text and "Worse beyond the noise: 0." in text
+    assert "better in 1 of 2" in text and "50%: −1.0 % where the dense model stands at −2.0 %" in text and "80%: −20.0 % where the dense model stands at −33.3 %" in text
+    assert "Worse beyond the noise: 1." in told("goal", rows + [("0.8", "dpruner, walk", "b", 200, 0.3, "worse")] + [("0.8", "dense", "b", 90, np.nan, "")])
+
+
+def test_a_choice_is_told_by_its_mean_and_by_what_is_more_than_noise():
+    text = told("granularities", [("row", "dpruner", "a", 90, -0.1, "better"), ("row", "dpruner", "b", 110, 1 / 0.9 - 1, "worse"),
+                                  ("block", "dpruner", "a", 90, 0.001, "inside the noise")], "matrix")
+    assert "At 50%, perplexity against granularity matrix" in text
+    assert "row +0.0 % (better in 1, worse in 1 of 2)" in text and "block +0.1 % (inside the noise of 1)" in text
 
 
 def test_the_page_starts_an_experiment_and_shows_a_finished_one(small, folder, done, transferred, tmp_path, monkeypatch):
