@@ -2,8 +2,8 @@
 
 import functools
 import hashlib
-import json
 import itertools
+import json
 import math
 import platform
 import time
@@ -17,8 +17,7 @@ import torch
 from torch import nn
 
 from dpruner import baselines, calibration, distributed, leftovers, memory, store
-from dpruner.calibration import load_calibration, load_texts
-from dpruner.compensate import Compensated, allotted, compensate_after, compensate_walk, compensation_sets, fisher_batches, mixed_fisher
+from dpruner.compensate import Compensated, allotted, compensate_after, compensate_walk, fisher_batches, mixed_fisher
 from dpruner.config import RunConfig, split_domain
 from dpruner.domain import DomainImportance, FineTune, domain_importance, fisher_diagonal
 from dpruner.errors import InputError
@@ -28,16 +27,17 @@ from dpruner.masks import Scores, jaccard, jaccard_floor, make_masks, pruned, ra
 from dpruner.loading import load_model, pick_device
 from dpruner.model import count_weights, decoder_blocks, fingerprint, heads_of, require_length, skipped_weights, transposed_names
 from dpruner.partial import Partial
+from dpruner.plan import HALVED, planned_work, wants_halves, wants_sides
 from dpruner.stats import in_parts, matrix_stats
 from dpruner.status import Status
 from dpruner.store import Run
+from dpruner.texts import Texts
 from dpruner.turns import turn
+from dpruner.variants import DENSE
 from dpruner.walk import checkpointing
 
 LAST = "metrics.parquet"         # the last file that a run writes
-DENSE = "dense"                  # the method's name in tables where nothing is pruned
 UNSEEN = ("memory", "processes") # what changes no bit, and may be another when a run goes on
-HALVED = ("dpruner", "domain")   # methods whose masks two halves of a calibration set can disagree on
 
 
 def run(config: RunConfig, *, runs: str | Path = "runs", cache: str | Path = "cache", folder: str | Path | None = None,
@@ -81,7 +81,7 @@ class Prepared(NamedTuple):
 
     model: nn.Module
     tokenizer: object
-    texts: "Texts"
+    texts: Texts
     sparsity: float      # of the prunable weights
     fingerprint: str     # of the model
 
@@ -198,38 +198,6 @@ def continued(run: Run, now: dict) -> dict:
             raise InputError(f"The run {run.id} cannot go on", f"its {what} is not what it was when it began, so the result would be neither the one nor "
                              "the other", "start a new run with the same settings")
     return {**now, "created": before.get("created", now["created"])}
-
-
-class Texts:
-    """The calibration batches and held-out texts of a run, all loaded before the work begins.
-
-    Attributes:
-        general: open-domain calibration, LongTensors (1, seqlen).
-        domains: {label: calibration batches}.
-        heldout: {label: held-out documents}, "general" among them; empty where nothing is evaluated.
-    """
-
-    def __init__(self, config: RunConfig, tokenizer):
-        def batches(source):
-            return load_calibration(source, tokenizer, config.nsamples, config.seqlen, config.seed, column=config.column)
-
-        sources = dict(split_domain(d) for d in config.domains)
-        self.labels = list(sources)
-        self.open_label = split_domain(config.general)[0]
-        self.general = load_calibration(split_domain(config.general)[1], tokenizer, config.nsamples, config.seqlen, config.seed)
-        self.domains = {label: batches(source) for label, source in sources.items()}
-        self.heldout = {}
-        if config.evaluate:
-            for label, source in {self.open_label: split_domain(config.general)[1], **sources}.items():
-                self.heldout[label] = load_texts(source, "heldout", column=config.column if label in sources else None, limit=config.eval_documents)
-
-    def judged(self, label: str) -> list[str]:
-        """The held-out texts a mask of this domain is judged on: the domain's and the open domain's; none where nothing is evaluated."""
-        return [name for name in dict.fromkeys((label, self.open_label)) if name in self.heldout]
-
-    def sets(self, label: str, kind: str) -> list[list[torch.Tensor]]:
-        """Calibration sets of one domain: open domain, domain, or both."""
-        return compensation_sets(self.general, self.domains[label], kind)
 
 
 def prunable_sparsity(config: RunConfig, model) -> float:
@@ -380,16 +348,6 @@ def save_ranks(run: Run, method: str, label: str, scores: Scores) -> None:
     store.write_tensors(run.path("edges", method, label), {n: edges for n, (_, edges) in found.items()})
 
 
-def wants_sides(config: RunConfig) -> bool:
-    """Whether the two sides of the dual score are kept; where masks come from that score, they are there anyhow."""
-    return "dpruner" in config.methods and (config.sides or config.compensate != "walk")
-
-
-def wants_halves(config: RunConfig) -> bool:
-    """Whether ceilings are asked for and there is something to halve; the masks of a dual walk do not come from scores."""
-    return config.halves and config.nsamples > 1 and config.compensate != "walk" and bool(set(HALVED) & set(config.methods))
-
-
 def score_halves(job: Job, label: str, G: Scores) -> pd.DataFrame:
     """Masks from two halves of the same domain's calibration: what they share is the most that two domains could.
 
@@ -497,42 +455,3 @@ def similarities(run: Run, config: RunConfig, labels: list[str]) -> pd.DataFrame
             halves = [[store.LazyMasks(run.path("masks", method, f"{label}~{n}")) for n in (1, 2)] for label in (a, b)]
             found.append(exact(method, a, b, "jaccard halves", sum(jaccard(*pair) for pair in itertools.product(*halves)) / 4, size))
     return rows(*found)
-
-
-class Planned(NamedTuple):
-    """One stage of a run: its cost in token passes through the model, and the piece of the run it belongs to."""
-
-    stage: str
-    cost: float
-    piece: str
-
-
-def planned_work(config: RunConfig, texts: Texts) -> list[Planned]:
-    """Stages in the order they come, for the share done and the time left."""
-    tokens = config.nsamples * config.seqlen
-    walk, gradients = 3 * tokens, 3 * tokens
-    # overlapping windows pass two or three tokens for each new one, and a token is about four characters
-    held = {label: sum(len(t) for t in documents) / 2 for label, documents in texts.heldout.items()}
-    domain_pass = 2 * gradients * config.epochs if config.finetune else gradients
-    plan = [Planned("general importance", walk, "general")]
-    if config.compensate == "walk" and config.fisher == "both":
-        plan.append(Planned("general fisher", gradients / 2, "fisher"))
-    plan += [Planned("evaluation", cost, DENSE) for cost in held.values()]
-    for label in texts.labels:
-        if wants_sides(config) or {"domain", "general"} & set(config.methods):
-            plan.append(Planned("domain importance", domain_pass, f"sides@{label}"))
-        for method in config.methods:
-            stages = []
-            if method == "wanda":
-                stages.append(("wanda", walk))
-            if method == "sparsegpt":
-                stages.append(("sparsegpt", walk))
-            elif config.compensate == "walk" and method == "dpruner":
-                stages += [("domain fisher", gradients / 2), ("compensation", 2 * walk)]
-            elif config.compensate == "after":
-                stages.append(("compensation", 2 * walk))
-            stages += [("evaluation", held[name]) for name in texts.judged(label)]
-            plan += [Planned(*stage, f"{method}@{label}") for stage in stages]
-        if wants_halves(config):
-            plan += 2 * [Planned("domain importance", domain_pass / 2, f"halves@{label}")]
-    return plan

@@ -180,10 +180,10 @@ def scored(formula: str, lam: float, w: torch.Tensor, g: torch.Tensor, G: torch.
     """
     accumulator = FORMULAS[formula](w, G, lam, ALPHA)
     accumulator.add(g.clone(), slice(0, len(w)))
-    domain = accumulator.domain(1)
+    found = accumulator.scores(1)
     if formula != "balanced":
-        return accumulator.dual(1), domain
-    domain = relative_(Scores({"": domain}))[""]
+        return found["dual"], found["domain"]
+    domain = relative_(Scores({"": found["domain"]}))[""]
     return balanced({"": domain}, {"": G}, lam)[""], domain
 
 

@@ -28,10 +28,12 @@ from dpruner.loading import pick_device, stored_precision
 from dpruner.masks import Scores, make_masks, pruned
 from dpruner.model import max_length, prunable_linears
 from dpruner.partial import Partial
-from dpruner.pipeline import DENSE, Job, Planned
+from dpruner.pipeline import Job
+from dpruner.plan import Planned
 from dpruner.status import Status
 from dpruner.store import Run
 from dpruner.turns import turn
+from dpruner.variants import DENSE
 
 DOMAIN = "healthcare"
 PROMPTS = ("The treatment of asthma includes", "The symptoms of diabetes")

@@ -1,0 +1,58 @@
+"""What the work of a run consists of, known before it begins: its stages, their cost, and what belongs to them."""
+
+from typing import NamedTuple
+
+from dpruner.config import RunConfig
+from dpruner.texts import Texts
+from dpruner.variants import DENSE
+
+HALVED = ("dpruner", "domain")   # methods whose masks two halves of a calibration set can disagree on
+
+
+def wants_sides(config: RunConfig) -> bool:
+    """Whether the two sides of the dual score are kept; where masks come from that score, they are there anyhow."""
+    return "dpruner" in config.methods and (config.sides or config.compensate != "walk")
+
+
+def wants_halves(config: RunConfig) -> bool:
+    """Whether ceilings are asked for and there is something to halve; the masks of a dual walk do not come from scores."""
+    return config.halves and config.nsamples > 1 and config.compensate != "walk" and bool(set(HALVED) & set(config.methods))
+
+
+class Planned(NamedTuple):
+    """One stage of a run: its cost in token passes through the model, and the piece of the run it belongs to."""
+
+    stage: str
+    cost: float
+    piece: str
+
+
+def planned_work(config: RunConfig, texts: Texts) -> list[Planned]:
+    """Stages in the order they come, for the share done and the time left."""
+    tokens = config.nsamples * config.seqlen
+    walk, gradients = 3 * tokens, 3 * tokens
+    # overlapping windows pass two or three tokens for each new one, and a token is about four characters
+    held = {label: sum(len(t) for t in documents) / 2 for label, documents in texts.heldout.items()}
+    domain_pass = 2 * gradients * config.epochs if config.finetune else gradients
+    plan = [Planned("general importance", walk, "general")]
+    if config.compensate == "walk" and config.fisher == "both":
+        plan.append(Planned("general fisher", gradients / 2, "fisher"))
+    plan += [Planned("evaluation", cost, DENSE) for cost in held.values()]
+    for label in texts.labels:
+        if wants_sides(config) or {"domain", "general"} & set(config.methods):
+            plan.append(Planned("domain importance", domain_pass, f"sides@{label}"))
+        for method in config.methods:
+            stages = []
+            if method == "wanda":
+                stages.append(("wanda", walk))
+            if method == "sparsegpt":
+                stages.append(("sparsegpt", walk))
+            elif config.compensate == "walk" and method == "dpruner":
+                stages += [("domain fisher", gradients / 2), ("compensation", 2 * walk)]
+            elif config.compensate == "after":
+                stages.append(("compensation", 2 * walk))
+            stages += [("evaluation", held[name]) for name in texts.judged(label)]
+            plan += [Planned(*stage, f"{method}@{label}") for stage in stages]
+        if wants_halves(config):
+            plan += 2 * [Planned("domain importance", domain_pass / 2, f"halves@{label}")]
+    return plan
