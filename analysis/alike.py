@@ -40,7 +40,7 @@ def similarity_heatmap(matrix: np.ndarray, labels: Sequence[str], floor: float |
         return None
     floors = np.broadcast_to(np.asarray(floor, dtype=np.float64), matrix.shape)
     base = float(floors[a, b].mean())
-    same, other = (np.full(matrix.shape, np.nan),) * 2 if halves is None else halves
+    same, other = (np.full(matrix.shape, np.nan),) * 2 if halves is None else halves[:2]
     ceiling, others = _mean(same[a, b]), _mean(other[a, b])
     at = order(matrix)
     names, shown = [labels[i] for i in at], matrix[np.ix_(at, at)]
@@ -69,7 +69,7 @@ def similarity_heatmap(matrix: np.ndarray, labels: Sequence[str], floor: float |
     how = "The scale on the right holds every pair as a circle. " + (
         "Less text makes a mask noisier, so domains are judged on equal terms: masks from half the text of two domains, against masks from "
         "the two halves of one. Where those lie together, domains make no difference." if ceiling is not None else
-        "Between the random floor and 1 lies what can be said about domains.")
+        "Between the random floor and 1 lies what can be said.")
     return Chart(f"How alike are the masks? {quantity[0].upper()}{quantity[1:]}, {where}", figure, table, how, alt)
 
 
@@ -157,14 +157,14 @@ def similarity_grid(matrices: Mapping[str | int, np.ndarray], labels: Sequence[s
     return Chart(f"How alike are the masks in every {what}?", figure, table, how, alt)
 
 
-def similarity_sides(sides: Mapping[str, np.ndarray], labels: Sequence[str], floor: float, ceiling: float | None = None,
+def similarity_sides(sides: Mapping[str, np.ndarray], labels: Sequence[str], floor: float,
                      measure: str = "jaccard") -> Chart | None:
     """Two or three similarity matrices of masks of the same names beside each other, in one order, on one scale that names chance.
 
     Args:
         sides: {name: (masks, masks)}, as `analysis.similarity.similarity` makes them.
         labels: of the masks, the same on every side.
-        floor, ceiling: what random masks, and two halves of one domain, share; the second may be missing.
+        floor: what random masks share.
 
     Returns:
         None for fewer than two masks, or where all are identical.
@@ -176,7 +176,7 @@ def similarity_sides(sides: Mapping[str, np.ndarray], labels: Sequence[str], flo
     at = order(np.mean(list(sides.values()), axis=0))
     names, n = [plain(labels[i]) for i in at], len(labels)
     low = min(floor, *(float(v.min()) for v in values.values()))
-    marks = {1.0: "the same", floor: f"random masks {floor:.3f}", **({ceiling: f"same domain,<br>half the text {ceiling:.3f}"} if ceiling is not None else {})}
+    marks = {1.0: "the same", floor: f"random masks {floor:.3f}"}
     figure = new_figure(height=150 + 46 * max(n, 4), coloraxis={"colorscale": AMOUNTS, "cmin": low, "cmax": 1, "colorbar": {
         **colour_bar(""), "tickvals": list(marks), "ticktext": list(marks.values())}})
     y, x = (i.reshape(-1) for i in np.indices((n, n)))
@@ -194,12 +194,11 @@ def similarity_sides(sides: Mapping[str, np.ndarray], labels: Sequence[str], flo
                               showarrow=False)
     table = pd.concat([pd.DataFrame({"side": name, "a": [labels[i] for i in a], "b": [labels[j] for j in b], measure: v})
                        for name, v in values.items()], ignore_index=True)
-    table = table.assign(floor=floor, ceiling=np.nan if ceiling is None else ceiling)
+    table = table.assign(floor=floor)
     alt = (f"{MEASURE_NAMES[measure]} of {counted(n, 'mask')}. " + " ".join(
         f"{name}: from {v.min():.3f} ({labels[a[v.argmin()]]} and {labels[b[v.argmin()]]}) to {v.max():.3f} ({labels[a[v.argmax()]]} and "
         f"{labels[b[v.argmax()]]})." for name, v in values.items()) + f" Two random masks share {floor:.3f}.")
-    how = ("Both squares have one scale and one order, so that colours compare across them; the scale marks what random masks share"
-           + (" and what masks from the two halves of one domain's text share." if ceiling is not None else "."))
+    how = ("Both squares have one scale and one order, so that colours compare across them; the scale marks what random masks share.")
     return Chart(f"{MEASURE_NAMES[measure][0].upper()}{MEASURE_NAMES[measure][1:]}: {', '.join(n.lower() for n in sides)}", figure, table, how, alt)
 
 
@@ -245,9 +244,8 @@ def similarity_profile(matrices: Mapping[str | int, np.ndarray], labels: Sequenc
                                         hovertemplate=f"{name}<br>{what} %{{x}}: %{{y:.4f}}<extra></extra>"))
     figure.update_xaxes(title=what, **({"dtick": max(1, math.ceil(len(groups) / 16))} if numbers else {"type": "category"}))
     figure.update_yaxes(title=MEASURE_NAMES[measure])
-    low, high = table.loc[table["mean"].idxmin()], table.loc[table["mean"].idxmax()]
-    alt = (f"{MEASURE_NAMES[measure]} of {counted(len(labels), 'mask')} by {what}, mean of all pairs: from {low['mean']:.3f} ({what} {low[what]}) to "
-           f"{high['mean']:.3f} ({what} {high[what]}). Two random masks share {table['floor'].mean():.3f}"
+    ends = [f"{table['mean'][i]:.3f} ({what} {table[what][i]})" for i in (table["mean"].idxmin(), table["mean"].idxmax())]
+    alt = (f"{MEASURE_NAMES[measure]} of {counted(len(labels), 'mask')} by {what}, mean of all pairs: from {ends[0]} to {ends[1]}. Two random masks share {table['floor'].mean():.3f}"
            + (f"; from half the text each, masks of one domain {table['ceiling'].mean():.3f}, of two {table['halves'].mean():.3f}."
               if halves else "."))
     how = "The lowest line is chance: what two random masks would share." + (

@@ -128,6 +128,18 @@ def percent(share: float, digits: int = 1) -> str:
     return "unknown" if not math.isfinite(share) else f"{100 * share:.{digits}f} %"
 
 
+def cell_format(values, share: bool = False) -> str:
+    """The d3 format in which values that differ look different: more digits where they lie close together.
+
+    Args:
+        share: they are shown as percentages.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    spread = float(np.ptp(values))
+    more = math.ceil(-math.log10(spread)) - 1 if 0 < spread < 0.1 else 0
+    return f".{more}%" if share else f".{2 + more}f" if np.abs(values).max() <= 1 else ".2g"
+
+
 def number(value: float) -> str:
     """A figure in words: three significant digits, from a thousand on whole, with separators."""
     if not math.isfinite(value):

@@ -11,7 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from scipy.stats import beta
 
-from analysis.chart import (AMOUNTS, AROUND, BLUE, CATEGORIES, CELL_TEXT, GREY, ORANGE, PURPLE, VERMILLION, Chart, click_targets, colour_bar,
+from analysis.chart import (AMOUNTS, AROUND, BLUE, CATEGORIES, CELL_TEXT, GREY, ORANGE, PURPLE, VERMILLION, Chart, cell_format, click_targets, colour_bar,
                             columns, counted, informative, level_line, listed, look, new_figure, number, percent, plain)
 from analysis.matrices import layers_by_modules
 from analysis.overlap import regions
@@ -46,14 +46,14 @@ def layer_heatmap(table: pd.DataFrame, column: str, *, title: str, quantity: str
     if not informative(values):
         return None
     blocks, modules = wide.columns.to_numpy(), list(wide.index)
-    style = ".1%" if share else ".3g"
+    style = cell_format(values[np.isfinite(values)], share)
     few = values.size <= 120
     colours = {"colorscale": AMOUNTS} if middle is None else {"colorscale": AROUND, "zmid": middle}
     figure = new_figure(height=170 + 34 * len(modules))
     figure.add_trace(go.Heatmap(
         x=blocks, y=[plain(m) for m in modules], z=values, hoverinfo="skip", xgap=1, ygap=1, textfont=CELL_TEXT,
-        texttemplate=f"%{{z:{'.0%' if share else '.2g'}}}" if few else None,
-        colorbar=colour_bar(quantity, tickformat=".0%" if share else None), **colours))
+        texttemplate=f"%{{z:{style}}}" if few else None,
+        colorbar=colour_bar(quantity, tickformat=style if share else None), **colours))
     rows, at = np.nonzero(np.isfinite(values))
     figure.add_trace(click_targets(
         blocks[at], [plain(modules[r]) for r in rows], columns(blocks[at], [modules[r] for r in rows], values[rows, at]),
@@ -113,7 +113,7 @@ def overlap_heatmap(table: pd.DataFrame, a: str, b: str, column: str = "jaccard"
     """
     low = float(table["floor"].median())
     quantity, title, how = {
-        "jaccard": ("Jaccard similarity", f"How much of what {a} keeps does {b} keep, by layer and module?",
+        "jaccard": ("Jaccard similarity", f"How much do {a} and {b} keep in common, by layer and module?",
                     f"Weights both keep as a share of those either keeps: 1 for equal masks, {low:.3f} for two random ones."),
         "spearman": ("rank correlation", f"Do {a} and {b} rank the weights alike?",
                      "Spearman's rank correlation in every matrix: 1 is the same order, 0 no relation, below 0 the opposite."),

@@ -75,7 +75,7 @@ def _shown(config: Mapping, name: str) -> str:
 
 
 def side_by_side(metrics: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Perplexities of several runs, one column for each run, "104 (95 to 116)"; nothing where a run has no such figure.
+    """Perplexities of several runs, one column for each run, "104 (95 to 116), n = 58"; nothing where a run has no such figure.
 
     Args:
         metrics: {run: its metrics.parquet}.
@@ -83,7 +83,7 @@ def side_by_side(metrics: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     columns = {}
     for run, table in metrics.items():
         chosen = table[table["metric"] == PERPLEXITY]
-        columns[run] = {(r.domain, r.text, r.method): f"{r.value:.1f} ({r.low:.1f} to {r.high:.1f})" for r in chosen.itertuples()}
+        columns[run] = {(r.domain, r.text, r.method): f"{r.value:.1f} ({r.low:.1f} to {r.high:.1f}), n = {r.n}" for r in chosen.itertuples()}
     keys = dict.fromkeys(key for column in columns.values() for key in column)
     return pd.DataFrame([{"pruned for": d, "text": t, "method": m, **{run: column.get((d, t, m), "") for run, column in columns.items()}}
                          for d, t, m in keys], columns=["pruned for", "text", "method", *metrics])

@@ -11,7 +11,7 @@ import pandas as pd
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
-from analysis.matrices import WHOLE_MODEL, groups, mask_shapes, rank_shapes, require_same, stream
+from analysis.matrices import groups, mask_shapes, rank_shapes, require_same, stream
 from analysis.overlap import jaccard, random_jaccard
 from analysis.sparsity import at_least, threshold
 from dpruner.errors import InputError
@@ -206,10 +206,15 @@ class Halves(NamedTuple):
     Attributes:
         same: (masks, masks), the ceiling of each pair: the mean of what the two halves of either domain share.
         other: (masks, masks), the mean over a half of one domain and a half of the other, four pairs of masks.
+        least_same, most_other: (masks, masks), the lower of the two behind `same`, the highest of the four behind `other`. Where the one
+            lies above the other, not a single half of a domain is as near to the other domain's as to its own; of six numbers that mean the same
+            two chosen ones are the highest once in 15.
     """
 
     same: np.ndarray
     other: np.ndarray
+    least_same: np.ndarray
+    most_other: np.ndarray
 
 
 def halves(counts: Counts, measure: str = "jaccard", by: str = "model") -> dict[str | int, Halves]:
@@ -222,30 +227,10 @@ def halves(counts: Counts, measure: str = "jaccard", by: str = "model") -> dict[
 
 
 def _halves(shared: np.ndarray) -> Halves:
-    """`Halves` of similarities (..., 2 masks, 2 masks)."""
-    n = shared.shape[-1] // 2
-    four = shared.reshape(*shared.shape[:-2], n, 2, n, 2)
-    own = np.einsum("...ii->...i", four[..., 0, :, 1])
-    return Halves((own[..., :, None] + own[..., None, :]) / 2, four.mean(axis=(-3, -1)))
-
-
-def apart(counts: Counts, seed: int = 0) -> pd.DataFrame:
-    """How much less the masks of two domains share than those of one, on equal terms (Jaccard, over all matrices).
-
-    Args:
-        counts: as for `halves`.
-
-    Returns:
-        One row for every two domains: i and j, their places; same, other, as `Halves`; gap = same − other with low and high (95 %, matrices
-        drawn with replacement, the same ones for both; NaN for a single matrix).
-    """
-    kept, both = counts.kept, counts.both
-    either = kept[:, :, None] + kept[:, None, :] - both
-    found, drawn = _halves(similarity(counts)[WHOLE_MODEL]), _halves(_resampled(both, either, seed))
-    low, high = np.quantile(drawn.same - drawn.other, (0.025, 0.975), axis=0)
-    i, j = np.triu_indices(len(found.same), 1)
-    return pd.DataFrame({"i": i, "j": j, "same": found.same[i, j], "other": found.other[i, j], "gap": (found.same - found.other)[i, j],
-                         "low": low[i, j], "high": high[i, j]})
+    n = len(shared) // 2
+    four = shared.reshape(n, 2, n, 2)
+    own = np.diagonal(four[:, 0, :, 1])
+    return Halves((own[:, None] + own[None, :]) / 2, four.mean(axis=(1, 3)), np.minimum(own[:, None], own[None, :]), four.max(axis=(1, 3)))
 
 
 def of_the_way(value: float, floor: float, ceiling: float) -> float:
@@ -292,20 +277,16 @@ def interval(both: np.ndarray, either: np.ndarray, seed: int = 0) -> tuple[np.nd
     Returns:
         (low, high), float64 (...); NaN where there is a single matrix, which says nothing about others.
     """
-    low, high = np.quantile(_resampled(both, either, seed), (0.025, 0.975), axis=0)
-    return low, high
-
-
-def _resampled(both: np.ndarray, either: np.ndarray, seed: int) -> np.ndarray:
-    """Jaccard similarities over matrices drawn with replacement, float64 (RESAMPLES, ...); NaN where there is a single matrix."""
     matrices = len(both)
     if matrices < 2:
-        return np.full((1, *both.shape[1:]), np.nan)
+        return np.full(both.shape[1:], np.nan), np.full(both.shape[1:], np.nan)
     picks = np.random.default_rng(seed).integers(0, matrices, (RESAMPLES, matrices))
     times = np.zeros((RESAMPLES, matrices))   # how often each draw holds each matrix: one product instead of a sum for every pair of masks
     np.add.at(times, (np.arange(RESAMPLES)[:, None], picks), 1)
     shared, joined = (np.tensordot(times, x.astype(np.float64), 1) for x in (both, either))
-    return np.divide(shared, joined, out=np.ones_like(shared), where=joined > 0)
+    ratios = np.divide(shared, joined, out=np.ones_like(shared), where=joined > 0)
+    low, high = np.quantile(ratios, (0.025, 0.975), axis=0)
+    return low, high
 
 
 # ---- order and map

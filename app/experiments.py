@@ -7,6 +7,7 @@ import streamlit as st
 from analysis import experiments as figures
 from analysis.chart import listed
 from app import state, widgets
+from app.units import duration
 from dpruner import RunConfig, worker
 from dpruner.experiments import DESIGNS, Experiment, find_experiments, prepared
 from dpruner.store import Run
@@ -58,7 +59,8 @@ def watch(experiment: Experiment) -> None:
         known = (experiment.folder / "status.json").is_file()
         status = worker.state(experiment) if known else {"state": "not started"}
         if status["state"] in ("queued", "running"):
-            st.progress(min(1.0, status["progress"]), f"{status['about'] or 'starting'} · {status['stage']} · {status['progress']:.0%}")
+            st.progress(min(1.0, status["progress"]), f"{status['about'] or 'starting'} · {status['stage']} · {status['progress']:.0%}"
+                        + (f" · about {duration(status['eta_seconds'])} left" if status.get("eta_seconds") else ""))
             if st.button("Cancel", key="results-experiment-cancel", icon=":material/cancel:"):
                 worker.cancel(experiment)
         elif status["state"] != "done":

@@ -53,7 +53,7 @@ def every_run(known: list[tuple[Run, dict]]) -> None:
     """One run of all to repeat, take along or delete."""
     st.subheader("All runs", anchor="runs")
     runs = {run.id: (run, status) for run, status in known}
-    chosen = st.selectbox("Run to look at", list(runs), format_func=lambda i: f"{i} · {runs[i][1]['state']}", key="run-shown")
+    chosen = st.selectbox("Run to look at", list(runs), key="run-shown")
     run, status = runs[chosen]
     st.markdown(running.said(status) if status.get("error") else f"This run {running.said(status)}.")
     with widgets.guarded():

@@ -161,7 +161,7 @@ def choose_settings() -> dict:
     a, b, c = st.columns(3)
     values["granularity"] = a.selectbox("Granularity", [*GRANULARITIES, "2:4", "4:8"], **field("granularity"))
     values["formula"] = b.selectbox("Formula", list(FORMULAS), **field("formula"))
-    values["lam"] = c.number_input("λ", 0.0, value=None, step=0.1, placeholder=str(DEFAULT_LAM[values["formula"]]), **field("lam"))
+    values["lam"] = c.number_input("λ", value=None, step=0.1, placeholder=str(DEFAULT_LAM[values["formula"]]), **field("lam"))
     values["compensate"] = st.selectbox("What is D-Pruner's result for?", list(PURPOSES), format_func=PURPOSES.get, **field("compensate", None))
     if values["compensate"] == "walk":
         st.caption("The walk goes through the model layer by layer. It scores each weight by what the layer's output and what the loss would lose, in "
@@ -187,8 +187,8 @@ def field(name: str, bind: str | None = "query-params") -> dict:
 
 
 def usual(name: str, value) -> dict:
-    """`field`, with a value to begin with: a preset may have set another, and both at once is what Streamlit warns of."""
-    return field(name) | ({} if f"run-{name}" in st.session_state else {"value": value})
+    """`field`, with a value to begin with, and to come back to when the browser goes back to an address without one."""
+    return field(name) | {"value": value}
 
 
 def more_settings() -> dict:

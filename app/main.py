@@ -41,7 +41,7 @@ with widgets.guarded():
     demo.ensure()
     state.choose()
 with st.sidebar:
-    widgets.copy_link()
+    widgets.copy_link(state.parameters())
 try:
     page.run()
 except InputError as error:   # whatever a page did not catch itself

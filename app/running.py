@@ -59,7 +59,7 @@ def show_active(run: Run, status: dict) -> None:
         if status["state"] == "queued":
             ahead = status.get("ahead", 0)
             words.markdown(f"**{run.id}** waits: " + (
-                f"{ahead} run{'s' * (ahead > 1)} before it on {status.get('device', 'the device')}." if ahead else "it is just starting."))
+                f"{ahead} run{'s' * (ahead > 1)} before it on {status.get('device', 'the device')}." if ahead else "its process is starting."))
         else:
             words.markdown(f"**{run.id}** is running.")
         if button.button("Cancel", key=f"run-cancel-{run.id}", icon=":material/cancel:",

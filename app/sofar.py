@@ -30,7 +30,7 @@ NOW = {   # stage: what it means, in plain words
     "evaluation": "how well the model predicts text that was kept aside. Perplexity is how many tokens it wavers between, as it were: "
                   "lower is better.",
 }
-HALVES = "the same once more for each half of its text: what those two masks share is the most that two domains could share."
+HALVES = "the same once more for each half of its text: what masks of one domain share, to compare with what two domains do."
 TIMES = {1: "once", 2: "twice", 3: "three times"}
 PASSAGE = 260        # characters of a text that is being read
 MOST_DOMAINS = 4     # beside each other

@@ -62,6 +62,13 @@ def selection() -> Selection | None:
     return chosen
 
 
+def parameters() -> dict[str, str]:
+    """The selection as parameters of the address; empty without a run."""
+    chosen = st.session_state.get("_selection")
+    return {} if chosen is None else {"run": chosen.run.id, "method": chosen.method, "domain": chosen.domain, "block": str(chosen.block),
+                                      "module": chosen.module, "sparsity": str(round(100 * chosen.sparsity))}
+
+
 def choose() -> None:
     """Draw the selection in the sidebar; where the run that a link or an earlier choice names is gone, say so.
 

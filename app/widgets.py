@@ -26,15 +26,28 @@ def chart(made, key: str, **options):
         st.caption("Nothing is drawn here: the values are equal by construction, so a picture would say nothing.")
         return None
     st.markdown(f"##### {made.title}")
-    config = {**MODEBAR, "toImageButtonOptions": {**MODEBAR["toImageButtonOptions"], "filename": file_name(made.title)}}
+    name = "-".join(file_name(words) for words in (made.title, *shown_of(key)))
+    config = {**MODEBAR, "toImageButtonOptions": {**MODEBAR["toImageButtonOptions"], "filename": name}}
     state = st.plotly_chart(made.figure, key=key, config=config, alt=made.alt, **options)
     st.caption(f"**How to read this:** {made.how}")
     with st.popover("Take it away", help="The figure and its data, for a paper or a lesson"):
-        st.download_button("Data (CSV)", lambda: csv(made), f"{file_name(made.title)}.csv", "text/csv", key=f"{key}-csv", on_click="ignore")
-        st.download_button("Figure (HTML)", lambda: made.titled().to_html(include_plotlyjs=True, full_html=True).encode(),
-                           f"{file_name(made.title)}.html", "text/html", key=f"{key}-html", on_click="ignore")
+        st.download_button("Data (CSV)", lambda: csv(made), f"{name}.csv", "text/csv", key=f"{key}-csv", on_click="ignore")
+        st.download_button("Figure (HTML)", lambda: page_of(made, name), f"{name}.html", "text/html", key=f"{key}-html", on_click="ignore")
         st.caption("PNG: the camera in the corner of the figure.")
     return state
+
+
+def shown_of(key: str) -> tuple[str, ...]:
+    """What a figure of the pages that follow the selection shows, for the name of its file: they look alike for every method and domain."""
+    chosen = st.session_state.get("_selection")
+    if chosen is None or not key.startswith(("layers-", "overlap-", "explore-")):
+        return ()
+    return chosen.method, chosen.domain, f"{100 * chosen.sparsity:.0f}"
+
+
+def page_of(made, name: str) -> bytes:
+    """A Chart as a page of its own."""
+    return made.titled().to_html(include_plotlyjs=True, full_html=True).replace("<head>", f"<head><title>{name}</title>", 1).encode()
 
 
 def csv(made) -> bytes:
@@ -64,11 +77,19 @@ _COPY_LINK = st.components.v2.component(
                    color: var(--st-text-color); border: 1px solid var(--st-border-color); border-radius: var(--st-button-radius)}
            button:hover, button:focus-visible {color: var(--st-primary-color); border-color: var(--st-primary-color); outline: none}""",
     # over plain http from another machine a browser has no clipboard: then the address is shown to be copied by hand
-    js="""export default ({parentElement}) => {
+    js="""export default ({data, parentElement}) => {
+            const whole = () => {   // an address leaves out what is the default; which run that is changes with the next one
+              const url = new URL(window.location.href)
+              for (const [name, value] of Object.entries(data)) if (!url.searchParams.has(name)) url.searchParams.set(name, value)
+              return url
+            }
+            if (!new URL(window.location.href).searchParams.has("run") && data.run)
+              window.history.replaceState(window.history.state, "", whole())
             const button = parentElement.querySelector("button")
             button.onclick = async () => {
-              try { await navigator.clipboard.writeText(window.location.href); button.textContent = "Copied" }
-              catch { window.prompt("Copy this link", window.location.href) }
+              const link = whole().href
+              try { await navigator.clipboard.writeText(link); button.textContent = "Copied" }
+              catch { window.prompt("Copy this link", link) }
               setTimeout(() => { button.textContent = "Copy link" }, 2000)
             }
           }""")
@@ -88,6 +109,10 @@ def to_top(shown: str) -> None:
     _TO_TOP(data=shown, key="to-top")
 
 
-def copy_link() -> None:
-    """A button that copies the address of this very view, selection included."""
-    _COPY_LINK()
+def copy_link(selected: dict) -> None:
+    """A button that copies the address of this very view; the address itself names the run from now on.
+
+    Args:
+        selected: {name of a parameter: value}, what the address may leave out.
+    """
+    _COPY_LINK(data=selected)

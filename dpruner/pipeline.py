@@ -349,7 +349,7 @@ def save_ranks(run: Run, method: str, label: str, scores: Scores) -> None:
 
 
 def score_halves(job: Job, label: str, G: Scores) -> pd.DataFrame:
-    """Masks from two halves of the same domain's calibration: what they share is the most that two domains could.
+    """Masks from two halves of the same domain's calibration: what they share is the ceiling of what two domains could.
 
     Saved beside the others under the labels "<domain>~1" and "<domain>~2"; of the domain's own importance the ranks, where sides are kept.
     """

@@ -429,10 +429,10 @@ def test_halves_compare_domains_on_equal_terms():
             assert found.same[i, j] == pytest.approx((shared(f"{a}~1", f"{a}~2", members) + shared(f"{b}~1", f"{b}~2", members)) / 2)
             assert i == j or found.other[i, j] == pytest.approx(
                 np.mean([shared(f"{a}~{n}", f"{b}~{m}", members) for n, m in itertools.product((1, 2), repeat=2)]))
-    whole, table = similarity.halves(counts)["model"], similarity.apart(counts)
-    for r in table.itertuples():
-        assert r.gap == pytest.approx(whole.same[r.i, r.j] - whole.other[r.i, r.j]) and r.low <= r.gap <= r.high
-    assert len(table) == 3 and similarity.apart(counts.within(names()[:1])).low.isna().all()
+    whole = similarity.halves(counts)["model"]
+    for (i, a), (j, b) in itertools.combinations(enumerate("abc"), 2):
+        assert whole.least_same[i, j] == pytest.approx(min(shared(f"{d}~1", f"{d}~2", names()) for d in (a, b)))
+        assert whole.most_other[i, j] == pytest.approx(max(shared(f"{a}~{n}", f"{b}~{m}", names()) for n, m in itertools.product((1, 2), repeat=2)))
 
 
 def test_domains_that_differ_are_told_from_domains_that_do_not():
@@ -443,8 +443,11 @@ def test_domains_that_differ_are_told_from_domains_that_do_not():
                       for seed in (domain + 1, 10 * domain + n + 5))
         return make_masks({m: base[m] + shift * own[m] + 0.5 * noise[m] for m in names()}, 0.5, "matrix")
 
-    apart, together = (similarity.apart(similarity.count_dense({f"{d}~{n}": half(d, n, shift) for d in range(3) for n in (1, 2)})) for shift in (0.5, 0))
-    assert (apart.low > 0).all() and not (together.low > 0).all() and together.gap.abs().max() < 0.02 < apart.gap.min()
+    apart, together = (similarity.halves(similarity.count_dense({f"{d}~{n}": half(d, n, shift) for d in range(3) for n in (1, 2)}))["model"]
+                       for shift in (0.5, 0))
+    of = np.triu_indices(3, 1)
+    assert (apart.least_same > apart.most_other)[of].all() and not (together.least_same > together.most_other)[of].all()
+    assert np.abs(together.same - together.other)[of].max() < 0.02 < (apart.same - apart.other)[of].min()
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 8), (9, 64), (3, 65), (40, 127)])
@@ -640,7 +643,7 @@ def some_counts():
 
 def cut(n, same, other):
     """What masks of half the text share, the same for every pair."""
-    return similarity.Halves(np.full((n, n), same), np.full((n, n), other))
+    return similarity.Halves(*(np.full((n, n), value) for value in (same, other, same, other)))
 
 
 def some_pairs():
@@ -847,7 +850,7 @@ def test_similarity_figures_show_the_matrix_its_floor_and_its_ceiling():
     own = [np.full(matrix.shape, np.nan) for _ in range(2)]
     for side, value in zip(own, (0.9, 0.8), strict=True):
         side[0, 1] = side[1, 0] = value
-    shapes = alike.similarity_heatmap(matrix, labels, 1 / 3, similarity.Halves(*own)).figure.layout.shapes
+    shapes = alike.similarity_heatmap(matrix, labels, 1 / 3, similarity.Halves(*own, *own)).figure.layout.shapes
     assert sorted(s.y0 for s in shapes) == pytest.approx([1 / 3, 0.8, 0.9])
 
     modules = similarity.similarity(counts, by="module")

@@ -335,7 +335,7 @@ def test_the_demonstration_is_started_once_where_there_is_no_run(tmp_path, monke
     at = opened()
     opened()
     assert [c.domains for c in submitted] == [("healthcare", "legal", "finance")] and not start(at).disabled
-    assert "waits: it is just starting." in words(at)
+    assert "waits: its process is starting." in words(at)
 
 
 # Every run
@@ -391,6 +391,13 @@ def test_start_submits_what_the_fields_say(runs, submitted):
     assert submitted == [RunConfig(domains=("legal", "code"), methods=("dpruner", "wanda"), sparsity=0.6, formula="taylor", lam=0.3,
                                    nsamples=5, halves=False, dtype="bfloat16", baseline_calibration="mix", memory="16GB", eval_documents=10)]
     assert "**20300101-000001-new** waits" in words(at)
+
+
+def test_a_negative_weight_of_the_general_side_is_refused(runs, submitted):
+    at = opened()
+    at.number_input(key="run-lam").set_value(-1.0)
+    calm(at.run())
+    assert start(at).disabled and "lam" in words(at) and "-1" in words(at)
 
 
 def test_an_amount_of_memory_that_is_none_is_refused(runs, submitted):
@@ -481,7 +488,7 @@ def test_numbers_that_only_a_changed_browser_sends_do_not_get_through(runs, subm
 def test_nonsense_in_the_address_gives_way(runs, small):
     at = AppTest.from_file(MAIN, default_timeout=60)
     nonsense = {"source": "zzz", "domains": "nonsense", "catalogue": "zz", "methods": "zz", "sparsity": "999", "sparsity_of": "zz",
-                "granularity": "9:1", "formula": "nonsense", "lam": "-1", "nsamples": "-5", "seqlen": "1", "epochs": "abc",
+                "granularity": "9:1", "formula": "nonsense", "lam": "much", "nsamples": "-5", "seqlen": "1", "epochs": "abc",
                 "finetune": "maybe", "halves": "?",
                 "evaluate": "", "general_mode": "x", "eval_documents": "nan", "seed": "1e30", "device": "zz", "dtype": "zz",
                 "compensate": "zz", "baseline_calibration": "zz", "shown": "../.."}

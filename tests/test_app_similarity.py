@@ -61,8 +61,12 @@ def test_the_whole_model_is_what_counting_by_hand_finds(run, percent):
     assert carried == pytest.approx({("healthcare", "legal"): told, ("legal", "healthcare"): told, ("healthcare", "healthcare"): 1, ("legal", "legal"): 1})
     found = {t["name"]: shown(t["x"])[0] for t in figure(page, "similarity-all-dots")["data"] if t.get("name")}
     assert found["the two domains, all their text"] == pytest.approx(told) and found["the two domains, from half the text each"] == pytest.approx(other)
-    sentence = next(m.value for m in page.markdown if "on equal terms" in m.value.lower())
-    assert ("**1 of 1 pair**" in sentence and f"by {same - other:.3f}" in sentence) or "**No pair**" in sentence
+    cut = {d: [masks(run, "dpruner", f"{d}~{n}", percent) for n in (1, 2)] for d in ("healthcare", "legal")}
+    clear = max(jaccard(a, b) for a, b in itertools.product(*cut.values())) < min(jaccard(*both) for both in cut.values())
+    assert f"**{abs(same - other):.3f} {'less' if same > other else 'more'}**" in words(page) and f"**{int(clear)} of 1 pair**" in words(page)
+    for (block, module), gap in cells(figure(page, "similarity-gap")).items():
+        of_one = on_equal_terms(run, percent, lambda n, at=(block, module): split_name(n) == at)
+        assert gap == pytest.approx(of_one[0] - of_one[1])
     assert "A map needs at least three masks; there are 2" in words(page)
 
 
@@ -81,7 +85,7 @@ def test_all_masks_compare_domains_within_a_method_only(run):
     assert not page.exception and not page.error
     same, other = on_equal_terms(run)
     assert metrics(page)["½ text: 2 domains"] == f"{other:.3f}" and metrics(page)["½ text: 1 domain"] == f"{same:.3f}"
-    assert "of **1" not in words(page) and ("1 of 1 pair" in words(page) or "**No pair**" in words(page))
+    assert "of 1 pair" in words(page)   # of six masks, two are of one method and have halves
 
 
 def test_the_same_masks_are_said_to_be_the_same(run):
@@ -108,13 +112,18 @@ def test_every_module_and_layer(run, view):
     assert metrics(page)["Mean of all pairs"] == f"{expected[groups[-1]]:.3f}" and not page.error
 
 
+@pytest.mark.parametrize("percent", [0, 100])
+def test_the_ends_of_the_slider_say_why_there_is_nothing_to_see(run, percent):
+    page = opened(sparsity=percent)
+    assert "every mask" in page.info[0].value and not figures(page) and not page.error and not page.exception
+
+
 def test_every_matrix(run):
     page = opened(similarity_view="matrix", block=1, module="mlp.up_proj")
     both = [masks(run, "dpruner", d) for d in ("healthcare", "legal")]
     expected = {split_name(n): jaccard(*both, lambda m, n=n: m == n) for n in both[0]}
     assert cells(figure(page, "similarity-matrices")) == pytest.approx(expected)
     assert metrics(page)["Mean of all pairs"] == f"{expected[1, 'mlp.up_proj']:.3f}" and not page.exception and not page.error
-    assert "On equal terms, from half the text each" in words(page)   # one matrix has no interval
 
 
 def test_beside_the_open_domain(run):
@@ -127,6 +136,10 @@ def test_beside_the_open_domain(run):
     among = [jaccard(cut(side, "healthcare"), cut(side, "legal")) for side in ("domain", "dpruner")]
     table = page.dataframe[0].value
     assert table.iloc[:, 1].tolist() == pytest.approx([expected[0], among[0], expected[1], among[1]])
+    same, other = on_equal_terms(run, 75)
+    assert table["½ text: 1 domain"].iloc[3] == pytest.approx(same) and table["½ text: 2 domains"].iloc[3] == pytest.approx(other)
+    own = {d: [cut("domain", f"{d}~{n}") for n in (1, 2)] for d in ("healthcare", "legal")}
+    assert table["½ text: 1 domain"].iloc[1] == pytest.approx(np.mean([jaccard(*both) for both in own.values()]))
 
 
 @pytest.mark.parametrize("measure", ["cosine", "corrected", "overlap"])
@@ -147,6 +160,11 @@ def test_runs_of_one_model_stand_side_by_side(run):
     assert f"**(A)** {run.id}; **(B)** {second.name}" in words(page)
     carried = {(a, b): v for a, b, v, *_ in figure(page, "similarity-all-heatmap")["data"][1]["customdata"]}
     assert carried["legal (A)", "legal (B)"] == 1 and len(carried) == 16
+    assert "of 4 pairs" in words(page)   # a domain and itself, of another run, say nothing about domains
+    record = json.loads((second / "run.json").read_text())
+    record["config"]["nsamples"] = 99
+    store.write_json(second / "run.json", record)
+    assert "of 2 pairs" in words(opened(run=run.id, similarity_runs=[second.name]))   # nor do masks from other amounts of text
     record = json.loads((second / "run.json").read_text())
     record["model"]["fingerprint"] = "another"
     store.write_json(second / "run.json", record)

@@ -82,8 +82,7 @@ def in_matrix(text: str, formula_name: str, power: int, _w, _g, _G, when: tuple)
 def sentence(run: Run) -> Callable[[], None] | None:
     """The sentence, the λ, the tile with its flips, and the counts; where the whole model is still to be counted, what does that."""
     first, second = st.columns([3, 2], gap="medium")
-    start = {} if "learn-sentence" in st.session_state else {"value": prepare.SENTENCE}
-    text = first.text_input("A sentence of the domain", key="learn-sentence", bind="query-params", max_chars=400, **start,
+    text = first.text_input("A sentence of the domain", prepare.SENTENCE, key="learn-sentence", bind="query-params", max_chars=400,
                             help="The model reads it, and the error of its predictions is traced back to every weight: that is the "
                                  "gradient g.")
     name = second.segmented_control("Formula", list(FORMULAS), default="balanced", key="learn-formula", bind="query-params", required=True)

@@ -63,13 +63,10 @@ def on_my_run(step: Step) -> None:
     selected = st.session_state.get("_selection")
     if selected is None or not step.pages:
         return
-    where = {"run": selected.run.id, "method": selected.method, "domain": selected.domain, "block": str(selected.block),
-             "module": selected.module,
-             "sparsity": str(round(100 * selected.sparsity))}
     with st.container(horizontal=True):
         st.markdown("**On my run:**", help=f"The run, method, domain, matrix and sparsity chosen at the left: {selected.run.id}")
         for page, words in step.pages.items():
-            st.page_link(f"views/{page}.py", label=words, icon=f":material/{ICONS[page]}:", query_params=where)
+            st.page_link(f"views/{page}.py", label=words, icon=f":material/{ICONS[page]}:", query_params=state.parameters())
 
 
 def formula(latex: str, symbols: dict[str, str]) -> None:

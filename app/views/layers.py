@@ -3,7 +3,7 @@
 import streamlit as st
 
 from analysis import figures, sparsity
-from analysis.chart import informative, percent
+from analysis.chart import informative, number, percent
 from app import data, state, widgets
 from dpruner.errors import InputError
 
@@ -64,10 +64,13 @@ def spreads() -> None:
     if at is None or not data.is_large(run) or st.toggle(
             f"Count all matrices at {percent(selected.sparsity, 0)} (reads every rank once: some seconds)", key="layers-count"):
         table = data.spread(run, method, domain, part, at)
-        clickable(figures.spread_heatmap(table, measure, where), "layers-map")
-        ratio = table.sd_ratio
+        made, ratio = figures.spread_heatmap(table, measure, where), table.sd_ratio
+        if made is None:
+            st.caption(f"Every matrix shows the same {MEASURES[measure].lower()}, {number(float(table[measure].iloc[0]))}: a picture would have one colour.")
+        else:
+            clickable(made, "layers-map")
         st.caption(f"Over the {len(table)} matrices, {PARTS[part].lower()} differ {ratio.min():.1f} to {ratio.max():.1f} times as much as "
-                   f"chance, in the median {ratio.median():.1f} times. Click a cell to look into that matrix.")
+                   f"chance, in the median {ratio.median():.1f} times." + (" Click a cell to look into that matrix." if made else ""))
     if part == "head" and selected.matrix not in data.heads(run):
         st.info(f"There are no heads in {here}: choose a matrix of the attention, or look at rows and columns.")
     else:

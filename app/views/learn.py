@@ -31,7 +31,8 @@ st.caption("Dual pruning in nine steps. Every number is computed by the engine, 
            "counts for *On my run* only.")
 if "_learn-return" in st.session_state:
     st.session_state["learn-step"] = st.session_state.pop("_learn-return")
-start = {} if "learn-step" in st.session_state else {"default": NAMES[0]}   # a default and a state at once is what Streamlit warns of
+# without a default: the browser's Back then brings none, and not the first
+start = {} if "learn-step" in st.session_state else {"default": NAMES[0]}
 chosen = st.segmented_control("Steps", NAMES, **start, key="learn-step", bind="query-params", required=True, label_visibility="collapsed",
                               width="stretch")
 if chosen is None:   # a browser that went back to this page brings no step: the one that was read last is shown

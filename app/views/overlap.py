@@ -83,9 +83,8 @@ def clear_brush() -> None:
 
 
 def slider(column, label: str, key: str, value, explained: str):
-    """A slider from 0 to 100 whose value may also be set by the page: a value and a state at once is what Streamlit warns of."""
-    start = {} if key in st.session_state else {"value": value}
-    return column.slider(label, 0, 100, key=key, bind="query-params", help=explained, **start)
+    """A slider from 0 to 100 whose value may also be set by the page."""
+    return column.slider(label, 0, 100, value, key=key, bind="query-params", help=explained)
 
 
 def the_plane() -> None:

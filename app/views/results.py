@@ -14,6 +14,7 @@ from dpruner import export, generate, metrics
 from dpruner.errors import InputError
 from dpruner.loading import stored_precision
 
+FEW = 10   # windows of text; intervals from fewer come out too narrow
 ROUNDS, TOKENS, WARM = 6, 24, 8   # of the measurement of speed; tokens before each that do not count
 PROMPT = "The history of the Roman Empire"
 VERDICTS = {metrics.NOISE: "**inside the noise**, so this held-out text cannot tell them apart", metrics.WORSE: "**worse**, beyond the noise",
@@ -61,9 +62,11 @@ def quality() -> None:
     for r in table[table.method == method].itertuples():
         gap = gaps[resident.DENSE][r.text]
         st.markdown(f"- **{mine}** on {words[r.text]}: {number(r.value)} ({number(r.low)} to {number(r.high)}), dense {number(r.dense)} "
-                    f"({number(r.dense_low)} to {number(r.dense_high)}). On the same windows that is **{100 * gap:+.1f} %** (95\u00a0%: "
+                    f"({number(r.dense_low)} to {number(r.dense_high)}). On the same {gap.n} windows that is **{100 * gap:+.1f} %** (95\u00a0%: "
                     f"{100 * gap.low:+.1f} to {100 * gap.high:+.1f}) against dense: {VERDICTS[metrics.verdict(metrics.PERPLEXITY, gap)]}.")
     beside(gaps, words)
+    if min(gap.n for found in gaps.values() for gap in found.values()) < FEW:
+        st.caption(f"**Fewer than {FEW} windows** are few: take such a verdict as a hint. A run with more held-out documents says more.")
     st.caption("Perplexity on held-out text, which pruning has not seen: lower is better. Intervals say how far other texts of the same kind might "
                "have moved each figure. Differences are taken on the same windows of text, so what makes a window hard for both does not blur "
                "them; more held-out documents make all intervals narrower.")
@@ -72,7 +75,7 @@ def quality() -> None:
 def beside(gaps: dict[str, dict], words: dict[str, str]) -> None:
     """The selected method against every other one, window by window."""
     rows = [{"on": words[text], "against": other, "perplexity": f"{100 * gap:+.1f} %", "95 % interval": f"{100 * gap.low:+.1f} to {100 * gap.high:+.1f} %",
-             f"{mine} is": metrics.verdict(metrics.PERPLEXITY, gap)} for other, found in gaps.items() for text, gap in found.items()
+             "windows": gap.n, f"{mine} is": metrics.verdict(metrics.PERPLEXITY, gap)} for other, found in gaps.items() for text, gap in found.items()
             if other != resident.DENSE and text in words]
     if rows:
         st.markdown(f"**{mine} against the other methods**, on the same windows")
@@ -123,7 +126,7 @@ def compare() -> None:
         st.markdown("**Settings that differ**")
         st.dataframe(table, hide_index=True)
     figures = results.side_by_side({name: data.metrics(runs[name]) for name in chosen})
-    st.markdown("**Perplexity** (95 % interval)")
+    st.markdown("**Perplexity** (95 % interval; n windows of held-out text: where n differs, so does the text, and the figures do not compare)")
     st.dataframe(figures, hide_index=True)
     take_csv("Both tables (CSV)", table.to_csv(index=False) + "\n" + figures.to_csv(index=False), "runs.csv", "results-compare-csv")
 
@@ -217,7 +220,7 @@ def speed(measured: dict) -> None:
     left.metric("Dense", f"{table.dense.median():.1f}", "tokens per second", delta_color="off", delta_arrow="off")
     right.metric("Pruned", f"{table[mine].median():.1f}", "tokens per second", delta_color="off", delta_arrow="off")
     same = low <= 1 <= high
-    words.markdown(f"**{mine}** writes **{ratio:.2f} times** as fast as dense on this machine (95\u00a0%: {low:.2f} to {high:.2f}, "
+    words.markdown(f"**{mine}** writes **{ratio:.2f} times** as fast as dense on this machine (mean of the rounds' ratios; 95\u00a0%: {low:.2f} to {high:.2f}, "
                    f"{ROUNDS} rounds of {TOKENS} tokens, in turn). "
                    + ("**No difference beyond the noise**, as is to be expected: unstructured zeros buy no speed." if same else
                       "The interval leaves out 1, but both do the same multiplications: look for what else keeps this machine busy, and "

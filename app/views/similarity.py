@@ -63,33 +63,39 @@ def count(masks: list[Mask], sparsity: float | None) -> tuple[similarity.Counts,
 
 
 def halves_of(masks: list[Mask], sparsity: float | None) -> tuple[list[int], similarity.Counts] | None:
-    """Which masks have masks of the two halves of their domain's text, and the counts of those; None where no two of one method have."""
+    """Which masks have masks of the two halves of their domain's text, and the counts of those; None where no two are comparable."""
     stamps = [[data.mask_stamp(mask.run, mask.method, f"{mask.domain}~{n}", sparsity is None) for n in (1, 2)] for mask in masks]
     there = [i for i, both in enumerate(stamps) if all(both)]
-    if len({masks[i].method for i in there}) == len(there):
+    if not any(comparable(masks[i], masks[j]) for i in there for j in there):
         return None
     return there, data.counts(tuple((f"{i}~{n}", stamp) for i in there for n, stamp in enumerate(stamps[i], 1)), sparsity)
 
 
+def comparable(a: Mask, b: Mask) -> bool:
+    """Whether halves of these masks' texts say something about domains: one method, two domains, as much text."""
+    settings = [[mask.run.config[name] for name in ("nsamples", "seqlen", "formula", "lam", "granularity")] for mask in (a, b)]
+    return a.method == b.method and a.domain != b.domain and settings[0] == settings[1]
+
+
 def halves(masks: list[Mask], sparsity: float | None, measure: str, by: str) -> dict:
-    """{group: what masks of half the text share, for every two masks of one method, NaN where one has none}; empty without any."""
+    """{group: what masks of half the text share, NaN where two are not `comparable` or one has none}; empty without any."""
     found = halves_of(masks, sparsity)
     if found is None:
         return {}
     there, counts = found
-    alike = np.array([[a.method == b.method for b in masks] for a in masks])
+    known = np.array([[comparable(a, b) for b in masks] for a in masks])
 
     def spread(values: np.ndarray) -> np.ndarray:
         every = np.full((len(masks), len(masks)), np.nan)
         every[np.ix_(there, there)] = values
-        return np.where(alike, every, np.nan)
+        return np.where(known, every, np.nan)
 
     return {group: similarity.Halves(*map(spread, cut)) for group, cut in similarity.halves(counts, measure, by).items()}
 
 
 def verdict(matrix: np.ndarray, floor: np.ndarray, cut: similarity.Halves | None) -> None:
     """The mean pair between chance and sameness, in a few numbers."""
-    mean, base, *of_halves = (mean_pair(each) for each in (matrix, floor, *(cut or ())))
+    mean, base, *of_halves = (mean_pair(each) for each in (matrix, floor, *(cut or ())[:2]))
     cells = st.columns([1, 1, 1, 1, 1] if cut else [1, 1, 3])
     cells[0].metric("Mean of all pairs", f"{mean:.3f}", help="The mean similarity of every two different masks shown here.")
     cells[1].metric("Two random masks", f"{base:.3f}", help="The floor: what masks drawn at random would share if they kept as many weights of every matrix.")
@@ -124,27 +130,36 @@ def enlarged(counts: similarity.Counts, by: str, group, masks: list[Mask], spars
     members = matrices.groups(counts.names, by)[group]
     pairs = similarity.pairs(counts.within(members))
     if cut is not None:
-        pairs["ceiling"], pairs["halves"] = (each[np.triu_indices(len(each), 1)] for each in cut)
-        if measure == "jaccard":
-            there, of_halves = halves_of(masks, sparsity)
-            found = similarity.apart(of_halves.within(members))
-            conclusion(found[[masks[there[i]].method == masks[there[j]].method for i, j in zip(found.i, found.j, strict=True)]])
+        pairs["ceiling"], pairs["halves"] = (each[np.triu_indices(len(each), 1)] for each in cut[:2])
+        conclusion(cut)
     widgets.chart(alike.pair_dots(pairs, measure, mean_pair(floor)), f"{key}-dots")
 
 
-def conclusion(found: pd.DataFrame) -> None:
-    """What masks of half the text say about domains, as `analysis.similarity.apart` tells it."""
-    n, far = len(found), int((found.low > 0).sum())
-    gap = f"by {found.gap.mean():.3f} {'on average' if n > 1 else ''}".strip()
-    if found.low.isna().any():   # a single matrix: nothing to draw from
-        st.markdown(f"On equal terms, from half the text each, two domains share less than one domain's two halves {gap}." if found.gap.mean() > 0 else
-                    "On equal terms, from half the text each, two domains share as much as one domain's two halves.")
+def conclusion(cut: similarity.Halves) -> None:
+    """What masks of half the text say about domains."""
+    same, other, least, most = (each[np.triu_indices(len(each), 1)] for each in cut)
+    known = np.isfinite(same)
+    n, clear, gap = int(known.sum()), int((least > most)[known].sum()), float((same - other)[known].mean())
+    st.markdown(f"On equal terms, from half the text each, two domains share **{abs(gap):.3f} {'less' if gap > 0 else 'more'}** than the two halves of "
+                f"one, on average. In **{clear} of {counted(n, 'pair')}** not a single half of one domain is as near to the other domain as to its own: "
+                + ("there the subject of the text shows in the masks; chance alone would let it happen to one pair in 15." if clear else
+                   "on these texts no difference between domains shows. More calibration text, or a higher sparsity, may tell them apart."))
+
+
+def where_they_part(masks: list[Mask], sparsity: float | None, selected: state.Selection) -> None:
+    """Layers × modules: how much less two domains share than one, on equal terms."""
+    gaps = {name: mean_pair(cut.same) - mean_pair(cut.other) for name, cut in halves(masks, sparsity, "jaccard", "matrix").items()}
+    if not gaps:
         return
-    st.markdown((f"**{far} of {counted(n, 'pair')}** of domains {'shares' if far == 1 else 'share'} less than one domain's two halves do, on equal terms, with "
-                 f"the whole 95 % interval over the model's matrices; {gap}. There the masks differ by more than two samples of one domain's text would "
-                 "make them." if far else
-                 "**No pair** of domains shares less than one domain's two halves do, on equal terms and beyond the 95 % interval over the model's "
-                 "matrices: on these texts the domains make no difference that shows. More calibration text, or a higher sparsity, may tell them apart."))
+    table, key = data.places(selected.run).assign(gap=lambda t: t.matrix.map(gaps)), "similarity-gap"
+    widgets.chart(figures.layer_heatmap(
+        table, "gap", title="Where do the domains part?", quantity="Jaccard, one domain − two", middle=0.0, chosen=(selected.block, selected.module),
+        how="What masks of one domain share, minus what masks of two share, all from half the text each: 0 where the subject of the text makes no "
+            "difference, the higher the more it does. A click chooses the matrix, here and on the other pages."),
+        key, on_select=lambda: state.choose_matrix(key), selection_mode="points")
+    most, least = table.loc[table.gap.idxmax()], table.loc[table.gap.idxmin()]
+    st.markdown(f"The domains part most in layer {most.block}, {most.module} ({most.gap:+.3f}), least in layer {least.block}, {least.module} "
+                f"({least.gap:+.3f}).")
 
 
 def the_map(counts: similarity.Counts, measure: str, masks: list[Mask], which: str) -> None:
@@ -217,14 +232,18 @@ def beside_open_domain(runs: list[Run], sparsity: float, measure: str) -> None:
     if before.labels == after.labels:
         sides = {name: similarity.similarity(counts, measure)["model"] for name, counts in (("Importances alone", before), ("Domain masks", after))}
         floor = similarity.mean_of_pairs(similarity.floor(after, measure))["model"]
-        cut = halves([m for m in joined if m.label in after.labels], sparsity, measure, "model").get("model")
-        widgets.chart(alike.similarity_sides(sides, after.labels, floor, mean_pair(cut.same) if cut else None, measure), "similarity-sides")
-    rows = {"Open domain and each domain's own importance": cross(before, measure, general, alone),
-            "Domains' own importances with each other": among(before, measure, alone),
-            "Open domain and each domain mask": cross(after, measure, general, joined),
-            "Domain masks with each other": among(after, measure, joined)}
-    st.dataframe(pd.DataFrame({"which pairs": list(rows), f"{alike.MEASURE_NAMES[measure]}, mean": list(rows.values())}), hide_index=True,
-                 column_config={f"{alike.MEASURE_NAMES[measure]}, mean": st.column_config.NumberColumn(format="%.4f")})
+        widgets.chart(alike.similarity_sides(sides, after.labels, floor, measure), "similarity-sides")
+    rows = {"Open domain and each domain's own importance": (cross(before, measure, general, alone), None),
+            "Domains' own importances with each other": (among(before, measure, alone), [m for m in alone if m.label in before.labels]),
+            "Open domain and each domain mask": (cross(after, measure, general, joined), None),
+            "Domain masks with each other": (among(after, measure, joined), [m for m in joined if m.label in after.labels])}
+    found = []
+    for which, (mean, masks) in rows.items():
+        cut = halves(masks, sparsity, measure, "model").get("model") if masks else None
+        found.append({"which pairs": which, f"{alike.MEASURE_NAMES[measure]}, mean": mean, "½ text: 2 domains": mean_pair(cut.other) if cut else None,
+                      "½ text: 1 domain": mean_pair(cut.same) if cut else None})
+    st.dataframe(pd.DataFrame(found), hide_index=True, column_config={name: st.column_config.NumberColumn(format="%.4f") for name in list(found[0])[1:]})
+    st.caption(f"½ text: from half the text each, where masks of two domains compare with those of one. {SAME_HELP}")
 
 
 def among(counts: similarity.Counts, measure: str, masks: list[Mask]) -> float:
@@ -248,8 +267,9 @@ def told_missing(missing: list[Mask]) -> None:
 def page() -> None:
     """Widgets, then one of the views."""
     st.title("Similarity")
-    st.markdown("Do two domains need the same weights? Every number here stands between a **floor** (what two random masks share) and a **ceiling** "
-                "(what two masks from the two halves of the *same* domain's text share): only what lies between them says something about domains.")
+    st.markdown("Do two domains need the same weights? A similarity says nothing by itself. Its **floor** is what two random masks share. Its "
+                "**ceiling** is what masks from two halves of the *same* domain's text share; as less text makes a mask noisier, that compares with "
+                "masks from half the text of two domains, and not with those from all of it.")
     selected = state.selection()
     if selected is None:
         return
@@ -269,6 +289,10 @@ def page() -> None:
         runs = [selected.run, *(others[i] for i in further)]
         if len(runs) > 1:
             st.caption("Runs: " + "; ".join(f"**({letter(i)})** {run.id}" for i, run in enumerate(runs)))
+        if selected.sparsity in (0, 1):
+            st.info(f"At {percent(selected.sparsity, 0)} sparsity every mask {'keeps everything' if selected.sparsity == 0 else 'is empty'}, so all are the "
+                    "same. Choose a sparsity in between at the left.")
+            return
         if view == "open":
             beside_open_domain(runs, selected.sparsity, measure)
             return
@@ -286,6 +310,7 @@ def page() -> None:
                    "very masks.")
         if view == "model":
             enlarged(counts, "model", "model", masks, sparsity, measure, "the whole model", "similarity-all")
+            where_they_part(masks, sparsity, selected)
             the_map(counts, measure, masks, which)
         elif view == "matrix":
             every_matrix(counts, masks, sparsity, measure, selected)
