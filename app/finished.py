@@ -8,6 +8,7 @@ import shutil
 import streamlit as st
 
 from app import data, running, sofar, state, widgets
+from app.halves import Mask, where_they_part
 from dpruner import RunConfig, worker
 from dpruner.cli import REPEATED
 from dpruner.errors import InputError
@@ -38,6 +39,10 @@ def latest(run: Run) -> None:
         st.caption("Weights that both masks keep, of those that either keeps. *Random*: what two random masks share. *Half text*: "
                    "masks made from half of the text each, of two domains and of the two halves of one domain. Less text makes a mask "
                    "noisier, so these two compare on equal terms: the lower the first beside the second, the more the domains differ.")
+        with widgets.guarded():
+            method = next(m for m, _ in data.pairs(run))
+            if not data.is_large(run):
+                where_they_part([Mask(d, run, m, d) for m, d in data.pairs(run) if m == method], None, data.places(run))
     if found["lambda"]:
         st.markdown("λ, the weight of general importance, changed " + ", ".join(
             f"**{c['changed'] / c['of']:.2%}** of the mask decisions for {domain}" for domain, c in found["lambda"].items()) + ".")

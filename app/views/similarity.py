@@ -1,7 +1,5 @@
 """The page Similarity: how alike masks are, between chance and sameness."""
 
-from typing import NamedTuple
-
 import numpy as np
 import pandas as pd
 import streamlit as st
@@ -10,6 +8,7 @@ from analysis import alike, figures, matrices, similarity
 from analysis.chart import counted, listed, percent
 from analysis.sparsity import told
 from app import data, state, widgets
+from app.halves import Mask, halves, mean_pair, where_they_part
 from dpruner.errors import InputError
 from dpruner.store import Run
 
@@ -25,15 +24,6 @@ MEASURE_HELP = """How much of what two masks keep is the same.
 SAME_HELP = "The ceiling: what the masks from the two halves of one domain's text share, the mean over the domains."
 OTHER_HELP = ("What two masks share that come from half of one domain's text and half of another's. Less text makes a mask noisier, so this, and not "
               "the mean of all pairs, compares with the same domain's halves.")
-
-
-class Mask(NamedTuple):
-    """One mask to be compared, and what the page calls it."""
-
-    label: str
-    run: Run
-    method: str
-    domain: str
 
 
 def chosen_masks(runs: list[Run], which: str, method: str, domain: str) -> list[Mask]:
@@ -62,37 +52,6 @@ def count(masks: list[Mask], sparsity: float | None) -> tuple[similarity.Counts,
     return data.counts(there, sparsity), [mask for mask, stamp in stamps.items() if stamp is None]
 
 
-def halves_of(masks: list[Mask], sparsity: float | None) -> tuple[list[int], similarity.Counts] | None:
-    """Which masks have masks of the two halves of their domain's text, and the counts of those; None where no two are comparable."""
-    stamps = [[data.mask_stamp(mask.run, mask.method, f"{mask.domain}~{n}", sparsity is None) for n in (1, 2)] for mask in masks]
-    there = [i for i, both in enumerate(stamps) if all(both)]
-    if not any(comparable(masks[i], masks[j]) for i in there for j in there):
-        return None
-    return there, data.counts(tuple((f"{i}~{n}", stamp) for i in there for n, stamp in enumerate(stamps[i], 1)), sparsity)
-
-
-def comparable(a: Mask, b: Mask) -> bool:
-    """Whether halves of these masks' texts say something about domains: one method, two domains, as much text."""
-    settings = [[mask.run.config[name] for name in ("nsamples", "seqlen", "formula", "lam", "granularity")] for mask in (a, b)]
-    return a.method == b.method and a.domain != b.domain and settings[0] == settings[1]
-
-
-def halves(masks: list[Mask], sparsity: float | None, measure: str, by: str) -> dict:
-    """{group: what masks of half the text share, NaN where two are not `comparable` or one has none}; empty without any."""
-    found = halves_of(masks, sparsity)
-    if found is None:
-        return {}
-    there, counts = found
-    known = np.array([[comparable(a, b) for b in masks] for a in masks])
-
-    def spread(values: np.ndarray) -> np.ndarray:
-        every = np.full((len(masks), len(masks)), np.nan)
-        every[np.ix_(there, there)] = values
-        return np.where(known, every, np.nan)
-
-    return {group: similarity.Halves(*map(spread, cut)) for group, cut in similarity.halves(counts, measure, by).items()}
-
-
 def verdict(matrix: np.ndarray, floor: np.ndarray, cut: similarity.Halves | None) -> None:
     """The mean pair between chance and sameness, in a few numbers."""
     mean, base, *of_halves = (mean_pair(each) for each in (matrix, floor, *(cut or ())[:2]))
@@ -108,12 +67,6 @@ def verdict(matrix: np.ndarray, floor: np.ndarray, cut: similarity.Halves | None
     cells[4].metric("From random to same", percent(similarity.of_the_way(other, base, same)),
                     help="Where two domains lie between the floor (0 %) and the ceiling (100 %), from half the text each. At 100 %, they differ no more "
                          "than two samples of one domain's text would make them.")
-
-
-def mean_pair(matrix: np.ndarray) -> float:
-    """The mean of what is known of every two different masks."""
-    pairs = matrix[np.triu_indices(len(matrix), 1)]
-    return float(np.nanmean(pairs)) if np.isfinite(pairs).any() else float("nan")
 
 
 def enlarged(counts: similarity.Counts, by: str, group, masks: list[Mask], sparsity: float | None, measure: str, where: str, key: str) -> None:
@@ -144,22 +97,6 @@ def conclusion(cut: similarity.Halves) -> None:
                 f"one, on average. In **{clear} of {counted(n, 'pair')}** not a single half of one domain is as near to the other domain as to its own: "
                 + ("there the subject of the text shows in the masks; chance alone would let it happen to one pair in 15." if clear else
                    "on these texts no difference between domains shows. More calibration text, or a higher sparsity, may tell them apart."))
-
-
-def where_they_part(masks: list[Mask], sparsity: float | None, selected: state.Selection) -> None:
-    """Layers × modules: how much less two domains share than one, on equal terms."""
-    gaps = {name: mean_pair(cut.same) - mean_pair(cut.other) for name, cut in halves(masks, sparsity, "jaccard", "matrix").items()}
-    if not gaps:
-        return
-    table, key = data.places(selected.run).assign(gap=lambda t: t.matrix.map(gaps)), "similarity-gap"
-    widgets.chart(figures.layer_heatmap(
-        table, "gap", title="Where do the domains part?", quantity="Jaccard, one domain − two", middle=0.0, chosen=(selected.block, selected.module),
-        how="What masks of one domain share, minus what masks of two share, all from half the text each: 0 where the subject of the text makes no "
-            "difference, the higher the more it does. A click chooses the matrix, here and on the other pages."),
-        key, on_select=lambda: state.choose_matrix(key), selection_mode="points")
-    most, least = table.loc[table.gap.idxmax()], table.loc[table.gap.idxmin()]
-    st.markdown(f"The domains part most in layer {most.block}, {most.module} ({most.gap:+.3f}), least in layer {least.block}, {least.module} "
-                f"({least.gap:+.3f}).")
 
 
 def the_map(counts: similarity.Counts, measure: str, masks: list[Mask], which: str) -> None:
@@ -310,7 +247,7 @@ def page() -> None:
                    "very masks.")
         if view == "model":
             enlarged(counts, "model", "model", masks, sparsity, measure, "the whole model", "similarity-all")
-            where_they_part(masks, sparsity, selected)
+            where_they_part(masks, sparsity, data.places(selected.run), (selected.block, selected.module))
             the_map(counts, measure, masks, which)
         elif view == "matrix":
             every_matrix(counts, masks, sparsity, measure, selected)
