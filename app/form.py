@@ -19,12 +19,12 @@ from dpruner.masks import GRANULARITIES
 HELP = {f.name: f.metadata["help"][0].upper() + f.metadata["help"][1:] + "." for f in dataclasses.fields(RunConfig)}
 DEFAULT = RunConfig()
 QUICK = {"nsamples": 32, "seqlen": 128, "formula": "balanced", "finetune": False, "granularity": "matrix", "eval_documents": 3,
-         "halves": True, "compensate": None}
+         "halves": True, "compensate": "none"}
 PAPER = {"nsamples": 128, "seqlen": 2048, "formula": "release", "finetune": True, "epochs": 5, "granularity": "matrix", "sparsity": 50,
-         "sparsity_of": "prunable", "eval_documents": 100, "halves": True, "compensate": None, "general_mode": "sequential", "lam": None}
+         "sparsity_of": "prunable", "eval_documents": 100, "halves": True, "compensate": "none", "general_mode": "sequential", "lam": None}
 SOURCES = {STARTER: "Starter model", "folder": "A folder on this machine", "hub": "Hugging Face hub"}
 SHOWN_CHARACTERS = 600
-PURPOSES = {None: "masks to look at and compare: the kept weights stay as they are", "walk": "a model to use: the best that 50 % and more leave",
+PURPOSES = {"none": "masks to look at and compare: the kept weights stay as they are", "walk": "a model to use: the best that 50 % and more leave",
             "after": "masks as above, with the kept weights moved afterwards"}
 
 
@@ -162,7 +162,8 @@ def choose_settings() -> dict:
     values["granularity"] = a.selectbox("Granularity", [*GRANULARITIES, "2:4", "4:8"], **field("granularity"))
     values["formula"] = b.selectbox("Formula", list(FORMULAS), **field("formula"))
     values["lam"] = c.number_input("λ", value=None, step=0.1, placeholder=str(DEFAULT_LAM[values["formula"]]), **field("lam"))
-    values["compensate"] = st.selectbox("What is D-Pruner's result for?", list(PURPOSES), format_func=PURPOSES.get, **field("compensate", None))
+    purpose = st.selectbox("What is D-Pruner's result for?", list(PURPOSES), format_func=PURPOSES.get, **field("compensate"))
+    values["compensate"] = None if purpose == "none" else purpose
     if values["compensate"] == "walk":
         st.caption("The walk goes through the model layer by layer. It scores each weight by what the layer's output and what the loss would lose, in "
                    "the domain and outside it; lets matrices that the loss needs more lose less; and moves the kept weights to make up for the "

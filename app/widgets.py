@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import time
 
 import streamlit as st
 
@@ -80,10 +81,10 @@ _COPY_LINK = st.components.v2.component(
     js="""export default ({data, parentElement}) => {
             const whole = () => {   // an address leaves out what is the default; which run that is changes with the next one
               const url = new URL(window.location.href)
-              for (const [name, value] of Object.entries(data)) if (!url.searchParams.has(name)) url.searchParams.set(name, value)
+              for (const [name, value] of Object.entries(data.selected)) if (!url.searchParams.has(name)) url.searchParams.set(name, value)
               return url
             }
-            if (!new URL(window.location.href).searchParams.has("run") && data.run)
+            if (!new URL(window.location.href).searchParams.has("run") && data.selected.run)
               window.history.replaceState(window.history.state, "", whole())
             const button = parentElement.querySelector("button")
             button.onclick = async () => {
@@ -115,4 +116,4 @@ def copy_link(selected: dict) -> None:
     Args:
         selected: {name of a parameter: value}, what the address may leave out.
     """
-    _COPY_LINK(data=selected)
+    _COPY_LINK(data={"selected": selected, "now": time.time()})   # looks at the address after every change

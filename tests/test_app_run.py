@@ -102,6 +102,7 @@ def test_the_newest_finished_run_is_summed_up(runs, small):
     assert alike.to_dict("records") == [{"Domains": "healthcare · legal", "Method": "dpruner", "Random": f"{found['floor']:.3f}",
                                          "Jaccard": f"{found['jaccard']:.3f}", "Half text: two domains": f"{found['halves']:.3f}",
                                          "Half text: same domain": f"{found['ceiling']:.3f}"}]
+    assert any(m.value == f"##### {PARTING}" for m in at.markdown) and "The domains part most in layer" in words(at)
     changed = small.summary["lambda"]["legal"]
     assert f"**{changed['changed'] / changed['of']:.2%}** of the mask decisions for legal" in words(at)
 
@@ -246,10 +247,14 @@ def growing(runs: Path, small, pieces: dict[str, pd.DataFrame], masks=()) -> Run
     return Run(folder)
 
 
+PARTING = "Where do the domains part?"   # of the latest result
+
+
 def charts(at: AppTest) -> dict[str, dict]:
-    """{title: figure} of the page."""
+    """{title: figure} of the runs that are under way."""
     titles = [m.value.removeprefix("##### ") for m in at.markdown if m.value.startswith("##### ")]
-    return dict(zip(titles, (json.loads(c.proto.spec) for c in at.get("plotly_chart")), strict=True))
+    found = dict(zip(titles, (json.loads(c.proto.spec) for c in at.get("plotly_chart")), strict=True))
+    return {title: figure for title, figure in found.items() if title != PARTING}
 
 
 def test_before_there_is_a_figure_it_says_what_is_done_and_shows_what_is_read(runs, small):
@@ -503,7 +508,7 @@ def test_nonsense_in_the_address_gives_way(runs, small):
                       "sparsity": 50, "sparsity_of": "prunable", "granularity": "matrix", "formula": "balanced", "lam": None,
                       "nsamples": 64, "seqlen": 128,
                       "epochs": 5, "finetune": False, "halves": True, "evaluate": True, "general_mode": "sequential", "eval_documents": 10,
-                      "seed": 0, "device": None, "dtype": None, "compensate": None, "baseline_calibration": "general", "shown": small.run.id}
+                      "seed": 0, "device": None, "dtype": None, "compensate": "none", "baseline_calibration": "general", "shown": small.run.id}
     assert {name: at.session_state[name] for name in state.KEYS} == {
         "run": small.run.id, "method": "dpruner", "domain": "healthcare", "block": 0, "module": "self_attn.q_proj", "sparsity": 50}
 
