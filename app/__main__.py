@@ -53,7 +53,8 @@ def main() -> None:
         print(f"  {OPEN.format(where)}", file=sys.stderr, flush=True)
     print("  D-Pruner Studio is getting ready …", flush=True)
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")   # as for runs, before torch is loaded: beside one, spinning costs ten times
-    logging.getLogger("streamlit.runtime.caching").setLevel(logging.ERROR)   # the pages' caches are made before there is a server
+    from streamlit.logger import get_logger
+    get_logger("streamlit.runtime.caching.cache_data_api").setLevel(logging.ERROR)   # the pages' caches are made before there is a server
     from app import demo
     from dpruner.errors import InputError
     try:

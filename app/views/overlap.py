@@ -11,6 +11,7 @@ from dpruner.formulas import DEFAULT_LAM
 
 GENERAL, DOMAIN, DUAL = "general importance", "domain importance", "the dual score"
 MEASURES = {"jaccard": "Jaccard similarity", "spearman": "Rank correlation", "changed": "Decisions that differ"}
+COARSE = 0.02   # share kept below which ranks are too coarse for the curve of λ
 ALL = (0, 100)   # per cent: a range that leaves nothing out
 
 st.title("Overlap")
@@ -168,6 +169,10 @@ def lambdas() -> None:
     if config["formula"] != "balanced" or not lam > 0:
         st.caption("What another λ would have changed does not follow from what the run keeps: that takes the formula *balanced* and a λ "
                    "above 0.")
+        return
+    if 1 - selected.sparsity < COARSE:
+        st.caption(f"What another λ would have changed cannot be told where less than {percent(COARSE, 0)} is kept: ranks come in 256 steps, and a few of "
+                   "them are all that is left.")
         return
     curve, counted_share = data.lambda_changes(run, domain, matrix, selected.sparsity, lam)
     if len(curve):
