@@ -35,8 +35,11 @@ SCORES = {"balanced": 8, "taylor": 12, "release": 8}   # bytes of scores per pru
 
 def precision(config: RunConfig, model: nn.Module, device: str) -> torch.dtype:
     """What the weights will be kept in, as `load_model` decides it; of a stored precision what the model's config says."""
-    stored = getattr(model.config.get_text_config(), "dtype", None) or torch.float32
-    return DTYPES.get(config.dtype) or (torch.float32 if torch.device(device).type == "cpu" else stored)
+    return DTYPES.get(config.dtype) or (torch.float32 if torch.device(device).type == "cpu" else _stored(model))
+
+
+def _stored(model: nn.Module) -> torch.dtype:
+    return getattr(model.config.get_text_config(), "dtype", None) or torch.float32
 
 
 def require_fitting(config: RunConfig, model: nn.Module) -> None:
@@ -67,12 +70,16 @@ def peak_memory(config: RunConfig, model: nn.Module, device: str, plan: Plan | N
     prunable, total = count_weights(model)
     item = precision(config, model, device).itemsize
     inside = 0 if plan.outside else 1   # of what is as large as the model, how often it is there
-    always = {"weights": 0 if files else total * item, "general importance": 4 * prunable * inside}
-    stages = _walks(config, model, item, inside) + [_domain_pass(config, model, item, plan, kind), _judging(config, model, item, inside)]
+    weights = 0 if files else total * item
+    always = {"weights": weights, "general importance": 4 * prunable * inside}
+    scoring = _domain_pass(config, model, item, plan, kind)
+    if kind == "cpu" and config.general_mode == "static" and not config.finetune and _stored(model).itemsize == item:
+        scoring["weights"] = 0   # nothing has changed them yet: they are still pages of their file
+    stages = _walks(config, model, item, inside) + [scoring, _judging(config, model, item, inside)]
     largest = max(m.weight.numel() for m in prunable_linears(model).values())
     stages.append({"domain scores": 8 * prunable * inside, "ranks": prunable * inside, "ranking of one matrix": 32 * largest})
-    worst = max(stages, key=lambda parts: sum(parts.values()))
-    return {"program": round(PROGRAM.get(kind, 0)), **{what: round(SPARE * size) for what, size in (always | worst).items() if size}}
+    worst = max((always | parts for parts in stages), key=lambda parts: sum(parts.values()))
+    return {"program": round(PROGRAM.get(kind, 0)), **{what: round(SPARE * size) for what, size in worst.items() if size}}
 
 
 def _walks(config: RunConfig, model: nn.Module, item: int, inside: int) -> list[dict[str, float]]:
@@ -84,13 +91,14 @@ def _walks(config: RunConfig, model: nn.Module, item: int, inside: int) -> list[
     text = inside * config.nsamples * config.seqlen * hidden_size(model) * item
     tokens = max(config.seqlen, TOKENS_PER_PASS)
 
-    def walk(sets: int, refined: bool) -> dict[str, float]:
+    def walk(sets: int, refined: bool, static: bool = False) -> dict[str, float]:
         # of the linears that share an input: float32 copies, stacked ones, transposed ones; the factor of H in float64; then what `refine` steps with
-        at_work = max(max(8 * n * out + 40 * n * n, (46 if refined else 18) * n * out + 16 * n * n) for n, out in groups)
-        return {"one block": item * block + at_work + tokens * sum(n for n, _ in groups) * item, "Hessians": sets * sum(8 * n * n for n, _ in groups),
+        swept = 0 if static else 46 if refined else 18
+        at_work = max(max(8 * n * out + 40 * n * n, swept * n * out + 16 * n * n) for n, out in groups)
+        return {"one block": (0 if static else item * block) + at_work + tokens * sum(n for n, _ in groups) * item, "Hessians": sets * sum(8 * n * n for n, _ in groups),
                 "texts inside the model": sets * text}
 
-    found = [walk(1, False)]
+    found = [walk(1, False, config.general_mode == "static")]
     if config.compensate or "sparsegpt" in config.methods:
         mixed = config.hessian if config.compensate else config.baseline_calibration
         walked = config.compensate == "walk" and "dpruner" in config.methods
@@ -346,4 +354,4 @@ def to_download(name: str, revision: str | None, model: nn.Module) -> int:
     """Bytes of weights that are not on this machine yet, from their count and the precision that the config tells; 0 where they are."""
     if is_here(name, revision):
         return 0
-    return count_weights(model)[1] * (getattr(model.config.get_text_config(), "dtype", None) or torch.float32).itemsize
+    return count_weights(model)[1] * _stored(model).itemsize

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 
 from dpruner import RunConfig, estimate, loading, starter, store
 
@@ -19,15 +19,34 @@ BASE = RunConfig(domains=("legal",), nsamples=4, seqlen=128, eval_documents=1, e
 STARTER = {"balanced": {}, "taylor, two domains, halves": {"formula": "taylor", "domains": ("legal", "finance"), "halves": True},
            "512 tokens": {"seqlen": 512}, "fine-tuning": {"finetune": True, "epochs": 1, "seqlen": 512}, "compensate after": {"compensate": "after"},
            "walk": {"compensate": "walk"}}
-TEN = {"balanced": {}, "balanced, at most 700MB": {"memory": "700MB"}, "release, fine-tuning, at most 1GB": {"formula": "release", "finetune": True, "epochs": 1, "memory": "1GB"},
-       "halves, compensate after, at most 800MB": {"halves": True, "compensate": "after", "memory": "800MB"}}
+TEN = {"balanced": {}, "balanced, at most 720MB": {"memory": "720MB"}, "release, fine-tuning, at most 1GB": {"formula": "release", "finetune": True, "epochs": 1, "memory": "1GB"},
+       "halves, compensate after, at most 820MB": {"halves": True, "compensate": "after", "memory": "820MB"}}
 
 
-def ten_times_the_starter(folder: Path) -> Path:
-    """A model of 129 million random weights with the starter's tokenizer."""
+LLAMA = {"vocab_size": 8192, "max_position_embeddings": 1024}
+SHAPES = {   # of random weights, with the starter's tokenizer; no constant of the estimate was set by the last three
+    "ten times the starter": LlamaConfig(hidden_size=768, num_hidden_layers=16, intermediate_size=2304, num_attention_heads=12,
+                                         num_key_value_heads=12, tie_word_embeddings=True, **LLAMA),
+    "deep": LlamaConfig(hidden_size=512, num_hidden_layers=12, intermediate_size=1376, num_attention_heads=8, num_key_value_heads=8, **LLAMA),
+    "wide": LlamaConfig(hidden_size=1280, num_hidden_layers=3, intermediate_size=3456, num_attention_heads=10, num_key_value_heads=2,
+                        tie_word_embeddings=True, **LLAMA),
+    "gpt2": GPT2Config(n_embd=640, n_layer=8, n_head=10, vocab_size=8192, n_positions=512),
+}
+KINDS = {"ten times the starter": TEN,
+         "deep": {"walk": {"compensate": "walk", "general_mode": "sequential"}, "walk, at most 600MB": {"compensate": "walk", "memory": "600MB"},
+                  "global, 1,024 tokens": {"granularity": "global", "seqlen": 1024},
+                  "compensate after, 1,024 tokens, at most 750MB": {"compensate": "after", "seqlen": 1024, "evaluate": False, "memory": "750MB"}},
+         "wide": {"walk": {"compensate": "walk", "evaluate": False}, "taylor, 512 tokens": {"formula": "taylor", "seqlen": 512},
+                  "walk, bfloat16, at most 1400MB": {"compensate": "walk", "dtype": "bfloat16", "evaluate": False, "memory": "1400MB"}},
+         "gpt2": {"halves, two domains, compensate after": {"methods": ("dpruner", "wanda"), "domains": ("legal", "finance"), "halves": True,
+                                                            "compensate": "after"},
+                  "release, fine-tuning, at most 850MB": {"formula": "release", "finetune": True, "epochs": 1, "seqlen": 256, "memory": "850MB"}}}
+
+
+def random_model(name: str, folder: Path) -> Path:
+    """A model of random weights of one of SHAPES, in a folder."""
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(hidden_size=768, num_hidden_layers=16, intermediate_size=2304, num_attention_heads=12, num_key_value_heads=12,
-                                 vocab_size=8192, max_position_embeddings=512, tie_word_embeddings=True)).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(SHAPES[name]).save_pretrained(folder)
     AutoTokenizer.from_pretrained(starter.PATH).save_pretrained(folder)
     return folder
 
@@ -48,10 +67,10 @@ def peak_of(config: RunConfig, folder: Path) -> int:
 
 
 def estimates(row):
-    """A row for each kind of run, of the starter and of a model ten times as large."""
+    """A row for each kind of run, of the starter and of models of other shapes."""
     with tempfile.TemporaryDirectory() as folder:
-        large = ten_times_the_starter(Path(folder) / "model")
-        for what, name, kinds in (("starter", "starter", STARTER), ("ten times the starter", str(large), TEN)):
+        models = {"starter": ("starter", STARTER)} | {n: (str(random_model(n, Path(folder) / n)), kinds) for n, kinds in KINDS.items()}
+        for what, (name, kinds) in models.items():
             for kind, changes in kinds.items():
                 config = dataclasses.replace(BASE, model=name, **changes)
                 told = sum(estimate.peak_memory(config, loading.blank_model(name), "cpu").values())
