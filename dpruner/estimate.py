@@ -328,8 +328,7 @@ def remedies(config: RunConfig, model: nn.Module, device: str, available: int) -
     Returns:
         Empty where nothing helps: a smaller model or more memory it is.
     """
-    steps = [("leave out the two halves of each domain's text (the ceiling of similarity)", {"halves": False}),
-             ("use the precision bfloat16", {"dtype": "bfloat16"}),
+    steps = [("use the precision bfloat16", {"dtype": "bfloat16"}),
              ("use the formula balanced", {"formula": "balanced"}),
              ("take shorter sequences (seqlen 128)", {"seqlen": min(config.seqlen, 128)}),
              ("do not tune while scoring", {"finetune": False}),
