@@ -49,7 +49,7 @@ def write(root: str | Path, to: str | Path) -> list[str]:
     if not found:
         raise InputError(f"There is nothing to report in {str(root)!r}", "no experiment there has ended", "conduct one first, such as: experiment sparsity")
     tables = {e: e.results() for e in found}
-    lines = [HEAD, "## In short\n", *(f"- {sentence}" for sentence in in_short(tables)), ""]
+    lines = [HEAD, "## In short\n", *(f"- {sentence}" for sentence in (*in_short(tables), *time_words(Path(root) / "speed.json"))), ""]
     for name in dict.fromkeys(e.record["name"] for e in found):
         lines.append(f"## {DESIGNS[name].question}\n\n{DESIGNS[name].reading}\n")
         for experiment in (e for e in found if e.record["name"] == name):
@@ -370,6 +370,11 @@ def speed(path: Path) -> Iterator[str]:
         yield "2:4 kernels need an NVIDIA GPU and were not measured here.\n"
     names = [n for n in found["bytes"][0] if n not in ("sparsity", "bytes dense")]
     yield from markdown([[f"{r['sparsity']:.0%}", *(f"{r[n]:.2f}" for n in names)] for r in found["bytes"]], ["bytes, as a share of dense bfloat16", *names])
-    walk = found["walk"]
-    yield (f"Time of the dual walk, with the domain's Fisher: {walk['ratio']:.2f} times SparseGPT's ({walk['sparsegpt']:.1f} s of processor); with the open "
-           f"domain's Fisher too, which all domains share: {walk['ratio with both']:.2f} times.\n")
+
+
+def time_words(path: Path) -> Iterator[str]:
+    """What the walk costs, as tests/bench_speed.py has measured it."""
+    if path.is_file():
+        walk = read_json(path)["walk"]
+        yield (f"The dual walk and the domain's gradients take {walk['ratio']:.2f} times the time of SparseGPT on the same text ({walk['sparsegpt']:.1f} s of "
+               f"processor); with the open domain's gradients too, which all domains share, {walk['ratio with both']:.2f} times.")
