@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from dpruner.compensate import FISHER_ENOUGH
 from dpruner.config import RunConfig
 from dpruner.errors import InputError
 from dpruner.experiments import DESIGNS, TAKEN_BACK, Design, Experiment, find_experiments
@@ -49,7 +50,7 @@ def write(root: str | Path, to: str | Path) -> list[str]:
     if not found:
         raise InputError(f"There is nothing to report in {str(root)!r}", "no experiment there has ended", "conduct one first, such as: experiment sparsity")
     tables = {e: e.results() for e in found}
-    lines = [HEAD, "## In short\n", *(f"- {sentence}" for sentence in in_short(tables)), ""]
+    lines = [HEAD, "## In short\n", *(f"- {sentence}" for sentence in (*in_short(tables), *time_words(Path(root) / "speed.json"))), ""]
     for name in dict.fromkeys(e.record["name"] for e in found):
         lines.append(f"## {DESIGNS[name].question}\n\n{DESIGNS[name].reading}\n")
         for experiment in (e for e in found if e.record["name"] == name):
@@ -139,7 +140,8 @@ def counted(table: pd.DataFrame) -> Iterator[str]:
     """Figures without an interval, as a table."""
     exact = table[table.low.isna()]
     if len(exact):
-        rows = [[r.x, r.series, r.domain, r.task, r.metric, f"{r.value:.3f}" if "jaccard" in r.metric else f"{r.value:,.0f} of {r.n:,}"] for r in exact.itertuples()]
+        rows = [[r.x, r.series, r.domain, r.task, r.metric, f"{r.value:.3f}" if "jaccard" in r.metric else f"{r.value:,.0f} of {r.n:,}"]
+                for r in exact.itertuples()]
         yield from markdown(rows, ["at", "method", "domain", "other", "figure", "value"])
 
 
@@ -177,7 +179,8 @@ def transfer(table: pd.DataFrame) -> pd.DataFrame:
     """How much worse every mask is than the text's own, beside how alike the two masks are.
 
     Returns:
-        Columns mask, text, value (perplexity), excess, low, high (shares, against the text's own mask), verdict, jaccard; texts without a mask are left out.
+        Columns mask, text, value (perplexity), excess, low, high (shares, against the text's own mask), verdict, jaccard; texts without a mask
+        are left out.
     """
     figures = estimated(table)
     figures = figures[figures.method != DENSE]
@@ -222,7 +225,11 @@ def transfer_section(table: pd.DataFrame) -> Iterator[str]:
     by = {(r.mask, r.text): r for r in found.itertuples()}
     yield "Perplexity of each domain's mask (down) on each domain's text (across); beside it how much worse than the text's own mask, in %.\n"
     dense = dense_figures(table)
-    yield from markdown([*([m, *(f"{by[m, t].value:.1f}" if m == t else f"{by[m, t].value:.1f} {marked(*by[m, t][4:8])}" for t in names)] for m in names),
+
+    def cell(of) -> str:
+        return f"{of.value:.1f}" + (f" {marked(of.excess, of.low, of.high, of.verdict)}" if of.mask != of.text else "")
+
+    yield from markdown([*([m, *(cell(by[m, t]) for t in names)] for m in names),
                          [DENSE, *(f"{dense[f'{t}-perplexity']:.1f}" for t in names)]], ["mask \\ text", *names])
     yield "Jaccard similarity of the same masks.\n"
     yield from markdown([[m, *("1" if m == t else f"{by[m, t].jaccard:.3f}" for t in names)] for m in names], ["", *names])
@@ -250,6 +257,11 @@ def spread(values: pd.Series, told: Callable[[float], str]) -> str:
     return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
 
 
+def gains(shares: pd.Series) -> str:
+    """The least and the most of some gains, in %, which are negative."""
+    return spread(-shares, lambda share: signed(-share))
+
+
 def percent(share: float) -> str:
     return f"{share:.0%}".replace("-", "−")
 
@@ -257,7 +269,8 @@ def percent(share: float) -> str:
 def verdicts(rows: pd.DataFrame) -> str:
     """How many differences are more than noise, in words."""
     better, worse = (int((rows.verdict == v).sum()) for v in (BETTER, WORSE))
-    return ", ".join([f"better in {better}"] * bool(better) + [f"worse in {worse}"] * bool(worse) + ["inside the noise"] * (not better + worse)) + f" of {len(rows)}"
+    told = [f"{word} in {count}" for word, count in (("better", better), ("worse", worse)) if count]
+    return ", ".join(told or ["inside the noise in all"]) + f" of {len(rows)}"
 
 
 def overall(rows: pd.DataFrame) -> str:
@@ -277,24 +290,24 @@ def goal_words(table: pd.DataFrame) -> Iterator[str]:
         for x, at in of.groupby("x", sort=False):
             room = pd.Series([dense[r.task] / r.value - 1 for r in others[(others.x == x) & (others.domain == domain)].itertuples()])
             back = shares[(shares.x == x) & (shares.domain == domain)].value
-            told.append(f"{float(x):.0%}: {spread(-at.difference, lambda v: signed(-v))} % where the dense model stands at {spread(-room, lambda v: signed(-v))} %"
+            told.append(f"{float(x):.0%}: {gains(at.difference)} of {gains(room)} % possible"
                         + (f", {spread(back, percent)} of the loss taken back" if len(back) else ""))
-        yield (f"Dual walk against SparseGPT on both calibrations, pruned for {domain}, over {of.task.nunique()} texts: {verdicts(of)} comparisons. "
-               "Perplexity by sparsity, with the ceiling of any gain: " + "; ".join(told) + ".")
+        yield (f"Dual walk against SparseGPT on both calibrations, pruned for {domain}: {verdicts(of)} comparisons over {of.task.nunique()} texts. Perplexity, "
+               "the least and the most over the texts, beside what the dense model would gain: " + "; ".join(told) + ".")
 
 
 def reached(tables: list[pd.DataFrame]) -> Iterator[str]:
-    """Whether the walk beats SparseGPT everywhere, beyond the noise and by more than the first evidence."""
+    """Whether the walk beats SparseGPT everywhere, beyond the noise and by more than the first evidence; more than that may not be possible."""
     if not tables:
         return
-    walk = pd.concat(tables)
-    walk = walk[walk.series == WALK]
+    walk = pd.concat([t[t.series == WALK].assign(dense=t.task.map(dense_figures(t))) for t in tables], ignore_index=True)
     rows, back = walk[walk.difference.notna()], walk[walk.metric == TAKEN_BACK].value
-    told = [f"{float(x):.0%}: {(at.verdict == BETTER).sum()} and {((at.verdict == BETTER) & (at.difference < -FIRST_EVIDENCE)).sum()} of {len(at)}"
-            for x, at in rows.groupby("x")]
-    yield (f"The goal: the dual walk better than SparseGPT on every text, beyond the noise, and by more than {FIRST_EVIDENCE:.0%} of perplexity. Comparisons "
-           f"that reach the first, and both: {'; '.join(told)}. Worse beyond the noise: {(rows.verdict == WORSE).sum()}."
-           + (f" Of what SparseGPT loses against the dense model the walk takes back {percent(back.median())} in the median, {spread(back, percent)}."
+    room = rows.dense * (1 + rows.difference) / rows.value - 1
+    told = [f"{float(x):.0%}: {(at.verdict == BETTER).sum()} and {((at.verdict == BETTER) & (at.difference < -FIRST_EVIDENCE)).sum()} of {len(at)}, where "
+            f"the dense model itself would reach both in {(room[at.index] < -FIRST_EVIDENCE).sum()}" for x, at in rows.groupby("x")]
+    yield (f"The goal: the dual walk better than SparseGPT on every text, beyond the noise, and by more than {FIRST_EVIDENCE:.0%} of perplexity. "
+           f"Comparisons that reach the first, and both: {'; '.join(told)}. Worse beyond the noise: {(rows.verdict == WORSE).sum()}."
+           + (f" Of what SparseGPT loses against the dense model the walk takes back {percent(back.median())} in the median, {spread(back, percent)} in all."
               if len(back) else ""))
 
 
@@ -302,9 +315,10 @@ def choice_words(table: pd.DataFrame, design: Design, sparsity: float) -> Iterat
     """An experiment whose values are compared with one of them, at one sparsity: what each of the others changes."""
     rows = estimated(table)
     rows = rows[rows.difference.notna()]
-    told = ["; ".join([f"{series}: " + ", ".join(f"{x} {overall(at)}" for x, at in of.groupby("x", sort=False))]) for series, of in rows.groupby("series", sort=False)]
+    told = [f"{series}: " + ", ".join(f"{x} {overall(at)}" for x, at in of.groupby("x", sort=False)) for series, of in rows.groupby("series", sort=False)]
     if told:
-        yield (f"{design.question} At {sparsity:.0%}, perplexity against {design.axis} {rows.against.iloc[0]}, mean over texts. " + ". ".join(told) + ".")
+        yield (f"{design.question} At {sparsity:.0%}, perplexity against {design.axis} {rows.against.iloc[0]}, mean over texts. "
+               + ". ".join(told) + ".")
 
 
 def sparsity_words(table: pd.DataFrame) -> Iterator[str]:
@@ -329,7 +343,7 @@ def calibration_words(table: pd.DataFrame) -> Iterator[str]:
     figures = figures[figures.method != DENSE]
     apart = {x: (of.groupby("task").value.max() / of.groupby("task").value.min() - 1).max() for x, of in figures.groupby("x", sort=False)}
     alike = table[table.metric == "jaccard between seeds"].groupby("x", sort=False).value.mean()
-    yield ("How much text: " + "; ".join(f"with {x} sequences seeds differ by up to {100 * share:.1f} % of perplexity and share {alike[x]:.2f} of their masks"
+    yield ("How much text: " + "; ".join(f"with {x} sequences seeds differ by up to {100 * share:.1f} % of perplexity, their masks' Jaccard is {alike[x]:.2f}"
                                         for x, share in apart.items()) + ".")
 
 
@@ -341,10 +355,10 @@ def transfer_words(table: pd.DataFrame) -> Iterator[str]:
     borrowed = found[found["mask"] != found["text"]]
     better = borrowed[borrowed.verdict == BETTER]
     dense = dense_figures(table)
-    yield (f"Similarity of masks {'predicts' if rho < 0 and p < 0.05 else 'is not shown to predict'} how well one serves another's text (Spearman {rho:+.2f}, "
-           f"p = {p:.2f}). Of {len(borrowed)} borrowed masks {(borrowed.verdict == WORSE).sum()} are worse than the text's own beyond the noise".replace("-", "−")
-           + (f", {len(better)} better: those on " + ", ".join(f"{text} text (dense {dense[f'{text}-perplexity']:.0f})" for text in dict.fromkeys(better.text))
-              if len(better) else "") + ".")
+    on = ", ".join(f"{text} text (dense {dense[f'{text}-perplexity']:.0f})" for text in dict.fromkeys(better.text))
+    yield (f"Similarity of masks {'predicts' if rho < 0 and p < 0.05 else 'is not shown to predict'} how well one serves another's text "
+           f"(Spearman {rho:+.2f}, p = {p:.2f}). Of {len(borrowed)} borrowed masks {(borrowed.verdict == WORSE).sum()} are worse than the text's own beyond "
+           f"the noise".replace("-", "−") + (f", {len(better)} better: on {on}." if len(better) else "."))
 
 
 def tried(path: Path) -> Iterator[str]:
@@ -370,6 +384,12 @@ def speed(path: Path) -> Iterator[str]:
         yield "2:4 kernels need an NVIDIA GPU and were not measured here.\n"
     names = [n for n in found["bytes"][0] if n not in ("sparsity", "bytes dense")]
     yield from markdown([[f"{r['sparsity']:.0%}", *(f"{r[n]:.2f}" for n in names)] for r in found["bytes"]], ["bytes, as a share of dense bfloat16", *names])
-    walk = found["walk"]
-    yield (f"Time of the dual walk, with the domain's Fisher: {walk['ratio']:.2f} times SparseGPT's ({walk['sparsegpt']:.1f} s of processor); with the open "
-           f"domain's Fisher too, which all domains share: {walk['ratio with both']:.2f} times.\n")
+
+
+def time_words(path: Path) -> Iterator[str]:
+    """What the walk costs, as tests/bench_speed.py has measured it."""
+    if path.is_file():
+        walk = read_json(path)["walk"]
+        yield (f"The dual walk and the domain's gradients take {walk['ratio']:.2f} times the time of SparseGPT on the same text "
+               f"({walk['sparsegpt']:.1f} s of processor); with the open domain's gradients too, which all domains share, {walk['ratio with both']:.2f} times: with "
+               f"64 × 128 tokens a side. With fewer than {2 * FISHER_ENOUGH} sequences, as in the goal's comparisons, no gradient is left out, which takes longer.")

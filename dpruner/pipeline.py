@@ -260,9 +260,10 @@ def cached_general_fisher(job: Job, cache: Path) -> Scores | None:
     """The open domain's Fisher where the dual walk regards both sides, shared like G; None where it is not asked for."""
     if job.config.compensate != "walk" or job.config.fisher != "both" or "dpruner" not in job.config.methods:
         return None
-    key = {**_cache_key(job.prepared), "sequences": "every other"}
+    batches = fisher_batches(job.prepared.texts.general)
+    key = {**_cache_key(job.prepared), "sequences": len(batches)}
     return cached(cache, "fisher", key, lambda: fisher_diagonal(
-        job.prepared.model, fisher_batches(job.prepared.texts.general), stage="general fisher", passes=memory.plan().passes, **job.watched("general fisher")), job.status)
+        job.prepared.model, batches, stage="general fisher", passes=memory.plan().passes, **job.watched("general fisher")), job.status)
 
 
 def _cache_key(prepared: Prepared) -> dict:

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from dpruner.compensate import fisher_batches
 from dpruner.config import RunConfig
 from dpruner.texts import Texts
 from dpruner.variants import DENSE
@@ -31,12 +32,13 @@ def planned_work(config: RunConfig, texts: Texts) -> list[Planned]:
     """Stages in the order they come, for the share done and the time left."""
     tokens = config.nsamples * config.seqlen
     walk, gradients = 3 * tokens, 3 * tokens
+    fisher = gradients * len(fisher_batches(range(config.nsamples))) / config.nsamples
     # overlapping windows pass two or three tokens for each new one, and a token is about four characters
     held = {label: sum(len(t) for t in documents) / 2 for label, documents in texts.heldout.items()}
     domain_pass = 2 * gradients * config.epochs if config.finetune else gradients
     plan = [Planned("general importance", walk, "general")]
     if config.compensate == "walk" and config.fisher == "both":
-        plan.append(Planned("general fisher", gradients / 2, "fisher"))
+        plan.append(Planned("general fisher", fisher, "fisher"))
     plan += [Planned("evaluation", cost, DENSE) for cost in held.values()]
     for label in texts.labels:
         if wants_sides(config) or {"domain", "general"} & set(config.methods):
@@ -48,7 +50,7 @@ def planned_work(config: RunConfig, texts: Texts) -> list[Planned]:
             if method == "sparsegpt":
                 stages.append(("sparsegpt", walk))
             elif config.compensate == "walk" and method == "dpruner":
-                stages += [("domain fisher", gradients / 2), ("compensation", 2 * walk)]
+                stages += [("domain fisher", fisher), ("compensation", 2 * walk)]
             elif config.compensate == "after":
                 stages.append(("compensation", 2 * walk))
             stages += [("evaluation", held[name]) for name in texts.judged(label)]

@@ -30,6 +30,7 @@ def real(domain: str) -> str:
 COMMANDS = [
     *(f"goal {real(domain)} --nsamples 32 --value 0.5 --value 0.6 --value 0.7 --value 0.8" for domain in ("legal", "finance", "healthcare")),
     f"sparsity {real('legal')} --nsamples 32",
+    f"sparsity --domain legal {BUILT_IN} --value 0.3 --value 0.5 --value 0.7",
     f"formulas --domain legal --domain healthcare {BUILT_IN}",
     f"transfer --domain legal --domain healthcare --domain finance --domain science --domain code {BUILT_IN}",
     f"lambda --domain legal {BUILT_IN} --value 0 --value 0.1 --value 1 --value 10",

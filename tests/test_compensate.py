@@ -5,7 +5,7 @@ import pytest
 import torch
 from families import tiny, tiny_batches
 
-from dpruner import RunConfig, load_calibration, load_model, run
+from dpruner import RunConfig, compensate, load_calibration, load_model, run
 from dpruner.compensate import allotted, compensate_walk, mixed_fisher
 from dpruner.domain import fisher_diagonal
 from dpruner.hessian import Hessian, dampen, factor
@@ -133,11 +133,14 @@ def test_the_walk_removes_what_was_allotted(judged):
     assert sparsity_of(found.masks) == pytest.approx(0.6, abs=len(wanted) / count_weights(model)[0])
 
 
-def test_a_walk_takes_the_gradients_of_every_other_sequence_of_both_texts(llama, tmp_path):
-    config = RunConfig(model=str(llama), domains=("legal",), compensate="walk", nsamples=5, seqlen=16, evaluate=False, sides=False, halves=False, device="cpu")
+@pytest.mark.parametrize("nsamples, enough", [(5, 2), (5, 3)])
+def test_a_walk_takes_the_gradients_of_every_other_sequence_where_that_is_enough(nsamples, enough, llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(compensate, "FISHER_ENOUGH", enough)
+    config = RunConfig(model=str(llama), domains=("legal",), compensate="walk", nsamples=nsamples, seqlen=16, evaluate=False, sides=False, halves=False,
+                       device="cpu")
     made = run(config, runs=tmp_path / "runs", cache=tmp_path / "cache").weights("dpruner", "legal")
     model, tokenizer = load_model(str(llama), device="cpu")
-    legal, general = (load_calibration(name, tokenizer, 5, 16, 0) for name in ("legal", "general"))
-    fishers = [fisher_diagonal(model, [batches[0], batches[2], batches[4]]) for batches in (legal, general)]
+    legal, general = (load_calibration(name, tokenizer, nsamples, 16, 0) for name in ("legal", "general"))
+    fishers = [fisher_diagonal(model, [batches[0], batches[2], batches[4]] if enough == 2 else batches) for batches in (legal, general)]
     expected = compensate_walk(model, [general, legal], mixed_fisher(fishers), allotted(model, fishers, 0.5), refined=config.refine).weights
     assert all(torch.equal(made[name], weight) for name, weight in expected.items())

@@ -292,19 +292,21 @@ def told(name: str, rows: list[tuple], axis: str = "0.5") -> str:
 
 
 def test_the_goal_is_told_with_its_ceiling_and_where_it_is_missed():
-    rows = [(x, "dense", "a", 100, np.nan, "") for x in ("0.5", "0.8")] + [("0.5", "sparsegpt", "a", 102, np.nan, ""), ("0.8", "sparsegpt", "a", 150, np.nan, "")]
+    rows = [(x, "dense", "a", 100, np.nan, "") for x in ("0.5", "0.8")]
+    rows += [("0.5", "sparsegpt", "a", 102, np.nan, ""), ("0.8", "sparsegpt", "a", 150, np.nan, "")]
     rows += [("0.5", "dpruner, walk", "a", 101, 101 / 102 - 1, "inside the noise"), ("0.8", "dpruner, walk", "a", 120, -0.2, "better")]
     text = told("goal", rows)
-    assert "50%: 0 and 0 of 1; 80%: 1 and 1 of 1" in text and "Worse beyond the noise: 0." in text
-    assert "better in 1 of 2" in text and "50%: −1.0 % where the dense model stands at −2.0 %" in text and "80%: −20.0 % where the dense model stands at −33.3 %" in text
-    assert "Worse beyond the noise: 1." in told("goal", rows + [("0.8", "dpruner, walk", "b", 200, 0.3, "worse")] + [("0.8", "dense", "b", 90, np.nan, "")])
+    assert "50%: 0 and 0 of 1, where the dense model itself would reach both in 0; 80%: 1 and 1 of 1, where the dense model itself would reach both in 1" in text and "Worse beyond the noise: 0." in text
+    assert "better in 1 of 2" in text and "50%: −1.0 of −2.0 % possible; 80%: −20.0 of −33.3 % possible" in text
+    rows += [("0.8", "dense", "b", 90, np.nan, ""), ("0.8", "dpruner, walk", "b", 200, 0.3, "worse")]
+    assert "Worse beyond the noise: 1." in told("goal", rows)
 
 
 def test_a_choice_is_told_by_its_mean_and_by_what_is_more_than_noise():
     text = told("granularities", [("row", "dpruner", "a", 90, -0.1, "better"), ("row", "dpruner", "b", 110, 1 / 0.9 - 1, "worse"),
                                   ("block", "dpruner", "a", 90, 0.001, "inside the noise")], "matrix")
     assert "At 50%, perplexity against granularity matrix" in text
-    assert "row +0.0 % (better in 1, worse in 1 of 2)" in text and "block +0.1 % (inside the noise of 1)" in text
+    assert "row +0.0 % (better in 1, worse in 1 of 2)" in text and "block +0.1 % (inside the noise in all of 1)" in text
 
 
 def test_the_page_starts_an_experiment_and_shows_a_finished_one(small, folder, done, transferred, tmp_path, monkeypatch):
