@@ -28,7 +28,7 @@ from dpruner.variants import DENSE
 
 MASKS = ("dpruner", "wanda", "magnitude", "general", "domain", "random")
 BOTH = {"baseline_calibration": "mix"}   # the baselines see every text that D-Pruner sees
-FROM_RUNS = ("jaccard", "jaccard floor", "jaccard ceiling", "decisions changed by λ")   # figures of a run that its experiment keeps
+FROM_RUNS = ("jaccard", "jaccard floor", "jaccard ceiling", "jaccard halves", "decisions changed by λ")   # figures of a run that its experiment keeps
 LARGE = ("weights", "ranks", "edges")   # folders of a point that nothing needs once it is judged
 TAKEN_BACK = "share of sparsegpt's loss taken back"
 COLUMNS = ("x", "series", "method", "domain", "task", "metric", "value", "low", "high", "n", "against", "difference", "difference_low",

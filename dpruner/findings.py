@@ -233,10 +233,11 @@ def transfer_section(table: pd.DataFrame) -> Iterator[str]:
                          [DENSE, *(f"{dense[f'{t}-perplexity']:.1f}" for t in names)]], ["mask \\ text", *names])
     yield "Jaccard similarity of the same masks.\n"
     yield from markdown([[m, *("1" if m == t else f"{by[m, t].jaccard:.3f}" for t in names)] for m in names], ["", *names])
-    floor, ceiling = (table[table.metric == f"jaccard {end}"].value for end in ("floor", "ceiling"))
+    floor, ceiling, halves = (table[table.metric == f"jaccard {which}"].value for which in ("floor", "ceiling", "halves"))
     rho, p = predicts(found)
-    yield (f"Random masks share {floor.mean():.3f}; two halves of one domain's text {ceiling.min():.3f} to {ceiling.max():.3f}. "
-           f"Similarity against excess: Spearman {rho:+.2f}, p = {p:.3f} over permutations of the domains.\n".replace("-", "−"))
+    yield (f"Random masks share {floor.mean():.3f}. From half the text each, masks of one domain share {ceiling.min():.3f} to {ceiling.max():.3f}, "
+           f"masks of two {halves.min():.3f} to {halves.max():.3f}.\n")
+    yield (f"Similarity against excess: Spearman {rho:+.2f}, p = {p:.3f} over permutations of the domains.\n".replace("-", "−"))
 
 
 # ---- sentences
