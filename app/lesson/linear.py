@@ -66,7 +66,7 @@ def linear(run: Run) -> None:
             arithmetic.hessian_entry(float(H[column, column]), column, column),
             rf"\frac1{{U_{{{column},{column}}}^2}} = {arithmetic.tex(1 / at_column**2)}",
             arithmetic.general(row, column, float(seen[row, column]), at_column, float(G[row, column]))],
-            f"Pictures a to d, one line each. **{percent(rank)}** of the matrix's weights cost less than this one: at 50 % sparsity by G "
+            f"Pictures a to d, one below the other. **{percent(rank)}** of the matrix's weights cost less than this one: at 50 % sparsity by G "
             f"alone it would **{'stay' if rank >= 0.5 else 'go'}**.")
     formula(r"H = \frac2n\sum_t x_t x_t^{\mathsf T}, \qquad H^{-1} = U^{\mathsf T}U, \qquad G_{ij} = \frac{\hat w_{ij}^2}{U_{jj}^2}", {
         "x_t": "what enters the layer at the t-th of n calibration tokens: the open-domain text on which the model is watched",
