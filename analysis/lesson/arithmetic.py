@@ -1,4 +1,4 @@
-"""Single weights written out: the numbers of one weight in its formula, as LaTeX."""
+"""Single weights written out: the numbers of one weight in its formula, as LaTeX of an `aligned`."""
 
 import torch
 
@@ -56,7 +56,7 @@ def balanced(w: float, g: float, G: float, lam: float, mean_F: float, mean_G: fl
     parts = [u**2 / mean_F if mean_F > 0 else 0.0, G / mean_G if mean_G > 0 else 0.0]
     return [rf"u = g\,w = {signed(g)}\cdot{signed(w)} = {tex(u)}, \qquad F = u^2 = {tex(u**2)}",
             rf"S = \frac{{F}}{{\bar F}} + \lambda\frac{{G}}{{\bar G}} = \frac{{{tex(u**2)}}}{{{tex(mean_F)}}} + {tex(lam)}\cdot"
-            rf"\frac{{{tex(G)}}}{{{tex(mean_G)}}}", rf"\phantom{{S}} = {tex(parts[0])} + {tex(lam * parts[1])} = {tex(S)}"]
+            rf"\frac{{{tex(G)}}}{{{tex(mean_G)}}} = {tex(parts[0])} + {tex(lam * parts[1])} = {tex(S)}"]
 
 
 def taylor(w: float, g: float, G: float, lam: float, S: float) -> list[str]:
@@ -74,5 +74,5 @@ def release(w: float, g: float, G: float, lam: float, S: float) -> list[str]:
     u = scaled * w * (1 + pull)
     return [rf"\hat g = 2^{{16}}g = {tex(scaled)}",
             rf"g' = \hat g\,(1 + \lambda\tfrac{{2\alpha^2}}{{1000}}G\,\hat g) = {signed(scaled)}\,(1 + {signed(pull)})", rf"u = g'w = {tex(u)}",
-            rf"S = \left|u + \tfrac{{u^2}}{{2000}} + w^3\right| = \left|{tex(u)} + {tex(u**2 / (2 * RELEASE_COUNT))} + "
-            rf"{signed(w**3)}\right| = {tex(S)}"]
+            rf"S = \left|u + \tfrac{{u^2}}{{2000}} + w^3\right| = \bigl|{tex(u)} + {tex(u**2 / (2 * RELEASE_COUNT))} \\ &\quad + "
+            rf"{signed(w**3)}\bigr| = {tex(S)}"]

@@ -113,7 +113,7 @@ def compensation(found: Compensation, inputs: Sequence[int]) -> Chart:
         yaxis={"title": "row (output)", "showgrid": False, "autorange": "reversed", "dtick": 1},
         xaxis2={"showgrid": False}, yaxis2={"title": "share of the output lost", "tickformat": ".0%",
                                             "range": [0, 1.15 * max(found.plain.max(), 1e-9)]},
-        updatemenus=[{"type": "buttons", "direction": "left", "showactive": False, "bgcolor": FAINT, "font": {"color": INK}, "x": 0,
+        updatemenus=[{"type": "buttons", "direction": "left", "showactive": False, "bgcolor": "rgba(0,0,0,0)", "font": {"color": INK, "weight": 700}, "x": 0,
                       "y": -0.24, "xanchor": "left", "yanchor": "top", "pad": {"r": 8}, "buttons": [
             {"label": "▶ Play", "method": "animate", "args": [None, {"frame": {"duration": 700, "redraw": True}, "transition": instant}]},
             {"label": "❚❚ Pause", "method": "animate", "args": [[None], {"mode": "immediate", "frame": {**instant, "redraw": False}}]}]}],
@@ -135,7 +135,7 @@ def _change(found: Compensation, done: int) -> tuple[dict, dict, dict]:
     before, now = found.weights[0].astype(np.float32), found.weights[done].astype(np.float32)
     gone = np.zeros(now.shape, dtype=bool)
     gone[r, c] = True
-    return ({"z": now, "customdata": np.stack([before, now - before], axis=-1), "text": np.where(gone, "", np.char.mod("%.2f", now)).tolist()},
+    return ({"z": now, "customdata": np.stack([before, now - before], axis=-1), "text": np.where(gone, "", np.char.mod("%.2f", now.round(2) + 0.0)).tolist()},
             {"x": c if len(c) else [None], "y": r if len(r) else [None]},
             {"y": [found.plain[done], found.moved[done]], "text": [percent(found.plain[done], 2), percent(found.moved[done], 2)]})
 

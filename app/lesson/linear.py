@@ -22,7 +22,7 @@ def linear(run: Run) -> None:
     st.markdown("When one weight goes to zero, its output misses that weight times its input. The other weights of the row can make up for a part "
                 "of it, as far as their inputs move together with that one. What no other can make up for is the cost of the weight.")
     view = st.segmented_control("Picture", VIEWS, default=WEIGHTS, key="learn-view", bind="query-params", required=True)
-    left, right = st.columns([3, 2], gap="medium")
+    left, right = st.columns([4, 3], gap="medium")
     with right:
         row, column, origin = cell(W.shape)
     rows, columns = window(origin)
@@ -61,14 +61,13 @@ def linear(run: Run) -> None:
                     "the weight, and with what is its input's own."), "learn-tile", **clicked)
     at_column, rank = float(U[column, column]), float((G < G[row, column]).mean())
     with right:
-        st.markdown(f"In row {row}, column {column}, **{percent(rank)}** of the matrix's weights cost less than this one. At 50 % sparsity "
-                    f"by G alone it would **{'stay' if rank >= 0.5 else 'go'}**. Its arithmetic stands below.")
-    written_out(row, column, [
-        rf"W_{{{row},{column}}} = {arithmetic.tex(float(W[row, column]))} \qquad "
-        rf"{arithmetic.hessian_entry(float(H[column, column]), column, column)}"
-        rf" \qquad \frac1{{U_{{{column},{column}}}^2}} = {arithmetic.tex(1 / at_column**2)}",
-        arithmetic.general(row, column, float(seen[row, column]), at_column, float(G[row, column]))], "Pictures a to d, from left to "
-                                                                                                      "right:")
+        written_out(row, column, [
+            rf"W_{{{row},{column}}} = {arithmetic.tex(float(W[row, column]))}",
+            arithmetic.hessian_entry(float(H[column, column]), column, column),
+            rf"\frac1{{U_{{{column},{column}}}^2}} = {arithmetic.tex(1 / at_column**2)}",
+            arithmetic.general(row, column, float(seen[row, column]), at_column, float(G[row, column]))],
+            f"Pictures a to d, one below the other. **{percent(rank)}** of the matrix's weights cost less than this one: at 50 % sparsity by G "
+            f"alone it would **{'stay' if rank >= 0.5 else 'go'}**.")
     formula(r"H = \frac2n\sum_t x_t x_t^{\mathsf T}, \qquad H^{-1} = U^{\mathsf T}U, \qquad G_{ij} = \frac{\hat w_{ij}^2}{U_{jj}^2}", {
         "x_t": "what enters the layer at the t-th of n calibration tokens: the open-domain text on which the model is watched",
         "H": "picture b: on the diagonal how strong an input is, beside it how far two move together. It is the second derivative of the "

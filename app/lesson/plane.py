@@ -76,7 +76,7 @@ def plane(run: Run) -> None:
     st.dataframe(pd.DataFrame({"Region": kept.region.map(words), "Weights": kept.weights,
                                "Share": [percent(w / kept.weights.sum()) for w in kept.weights],
                                "The dual score keeps, at 50 %": [percent(share) for share in kept.kept_share]}), hide_index=True,
-                 key="learn-plane-table")
+                 key="learn-plane-table", column_config={"Weights": st.column_config.NumberColumn(format="localized")})
     counted = overlap.regions(histogram, at_general, at_domain)
     st.caption(f"The two masks share {percent(counted.jaccard)} of what either keeps (Jaccard); two random masks would share "
                f"{percent(counted.floor)}. Rank correlation of the two importances: {overlap.spearman(histogram):.2f}.")

@@ -81,7 +81,7 @@ def in_matrix(text: str, formula_name: str, power: int, _w, _g, _G, when: tuple)
 
 def sentence(run: Run) -> Callable[[], None] | None:
     """The sentence, the λ, the tile with its flips, and the counts; where the whole model is still to be counted, what does that."""
-    first, second = st.columns([3, 2], gap="medium")
+    first, second = st.columns([4, 3], gap="medium")
     text = first.text_input("A sentence of the domain", prepare.SENTENCE, key="learn-sentence", bind="query-params", max_chars=400,
                             help="The model reads it, and the error of its predictions is traced back to every weight: that is the "
                                  "gradient g.")
@@ -89,21 +89,22 @@ def sentence(run: Run) -> Callable[[], None] | None:
     read = prepared(run)
     if text.strip() != read.text:
         read = typed(text.strip(), run, str(run.folder))
-    power = st.slider("λ, the weight of the general side: a power of ten", min(POWERS), max(POWERS),
-                      round(float(np.log10(DEFAULT_LAM[name]))),
-                      key=f"learn-power-{name}", bind="query-params", format="10^%d")
-    lam = 10.0**power
+    power = first.slider("λ, the weight of the general side: a power of ten", min(POWERS), max(POWERS),
+                         round(float(np.log10(DEFAULT_LAM[name]))),
+                         key=f"learn-power-{name}", bind="query-params", format="10^%d")
+    against = second.radio("Outlined: cells whose fate differs from that at", list(COMPARED), format_func=COMPARED.get, key="learn-against",
+                           bind="query-params", horizontal=True)
+    lam, spelled = 10.0**power, written(power)
     pieces = " · ".join(piece.strip() or "␣" for piece in read.tokens).replace("`", "'")
-    st.caption(f"Read as {len(read.tokens)} tokens: `{pieces}`. Mean loss {read.loss:.2f}: to each next token the model gave a chance of "
+    st.markdown(f"Read as {len(read.tokens)} tokens: `{pieces}`.")
+    st.caption(f"Mean loss {read.loss:.2f}: to each next token the model gave a chance of "
                f"e^−{read.loss:.2f}, one in {np.exp(read.loss):,.0f}, in the geometric mean. The formula's own λ is "
                f"{DEFAULT_LAM[name]:g}. {ABOUT[name]}")
     table = curves(run, read.text)
     tensors, told = job.tensors(run, "layer.safetensors")
     w, g, G = tensors["W"], read.g, tensors["G"]
     here = in_matrix(read.text, name, power, w, g, G, job.stamp(run, "layer.safetensors"))
-    against = st.radio("Outlined: cells whose fate differs from that at", list(COMPARED), format_func=COMPARED.get, key="learn-against",
-                       bind="query-params", horizontal=True)
-    left, right = st.columns([3, 2], gap="medium")
+    left, right = st.columns([4, 3], gap="medium")
     with right:
         row, column, origin = cell(tuple(w.shape))
     rows, columns = window(origin)
@@ -116,7 +117,7 @@ def sentence(run: Run) -> Callable[[], None] | None:
             here["S"][rows, columns], origin, values,
             "row %{customdata[0]}, column %{customdata[1]}<br>w = %{customdata[2]:.4g}, g = %{customdata[3]:.4g}, G = "
             "%{customdata[4]:.4g}<br>domain side alone: %{customdata[6]:.4g}<br>S = "
-            "%{customdata[5]:.4g}", title=f"Score S of {name} at λ = {lam:g}", quantity="S",
+            "%{customdata[5]:.4g}", title=f"Score S of {name} at λ = {spelled}", quantity="S",
             chosen=(row, column), flipped=flipped[rows, columns], removed=~here["kept"][rows, columns],
             how=f"The brighter, the more this weight matters to the sentence and, as far as λ lets it, to the open domain. Crosses go at "
                 f"{prepare.SPARSITY:.0%}; outlined cells would have met the other fate at {COMPARED[against]}."),
@@ -124,9 +125,9 @@ def sentence(run: Run) -> Callable[[], None] | None:
     with right:
         tell = partial(told_counts, st.empty(), against, [("tile", flipped[rows, columns].sum(), flipped[rows, columns].size),
                                                           ("matrix", flipped.sum(), flipped.size)])
-    tell(table if table is None else at_lambda(table, name, lam, against))
-    written_out(row, column, arithmetic.score(name, lam, w, g, G, here["S"], row, column),
-                f"At λ = {lam:g} it is **{'kept' if here['kept'][row, column] else 'removed'}**.")
+        tell(table if table is None else at_lambda(table, name, lam, against))
+        written_out(row, column, arithmetic.score(name, lam, w, g, G, here["S"], row, column),
+                    f"At λ = {spelled} it is **{'kept' if here['kept'][row, column] else 'removed'}**.")
     curve = st.container()
     if table is not None:
         draw_curves(curve, table, name, lam)
@@ -137,6 +138,11 @@ def sentence(run: Run) -> Callable[[], None] | None:
         "G": "general importance of the weight, as in step 2", r"\lambda": "the slider: how much the open domain has to say",
         "S": "the colour of the cell; of every matrix, the half with the lowest S goes", **MORE[name]})
     return partial(count, run, read.text, name, lam, against, tell, curve) if table is None and read.text != prepare.SENTENCE else None
+
+
+def written(power: int) -> str:
+    """A power of ten as one writes it by hand."""
+    return f"{10.0**power:g}" if abs(power) < 5 else "10" + str(power).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def curves(run: Run, text: str) -> pd.DataFrame | None:

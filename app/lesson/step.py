@@ -80,16 +80,16 @@ def formula(latex: str, symbols: dict[str, str]) -> None:
 
 
 def written_out(row: int, column: int, lines: list[str], words: str) -> None:
-    """The arithmetic of one weight with its own numbers, under its picture.
+    """The arithmetic of one weight with its own numbers, beside its picture: one equality sign below the other.
 
     Args:
-        lines: LaTeX.
+        lines: LaTeX; equations of one line stand apart by a \\qquad.
         words: what follows from it.
     """
     with st.container(border=True):
         st.markdown(f"**The weight in row {row}, column {column}, written out.** {words}")
-        for line in lines:
-            st.latex(line)
+        equations = [part.strip(" ,").replace(" = ", " &= ", 1).replace(" = ", r" \\ &= ") for line in lines for part in line.split(r"\qquad")]
+        st.latex(r"\footnotesize\begin{aligned}" + r" \\[0.8em] ".join(equations) + r"\end{aligned}")
 
 
 def mine(label: str = "Show my run instead of the lesson's") -> state.Selection | None:
