@@ -3,7 +3,6 @@
 Every function returns a Chart, or None where a chart could not be informative.
 """
 
-import math
 from collections.abc import Sequence
 
 import numpy as np

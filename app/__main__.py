@@ -64,8 +64,8 @@ def main() -> None:
     for needed in ("before", "finished", "form"):   # of the first page: loaded now, it is there at once
         importlib.import_module(f"app.{needed}")
     from streamlit.web import cli
-    sys.argv = ["streamlit", "run", str(MAIN), *sys.argv[1:], f"--server.address={where}",
-                "--global.disableWidgetStateDuplicationWarning=true"]   # elsewhere than in its folder it has no config file
+    # elsewhere than in its folder it has no config file
+    sys.argv = ["streamlit", "run", str(MAIN), *sys.argv[1:], "--global.disableWidgetStateDuplicationWarning=true", f"--server.address={where}"]
     sys.exit(cli.main())
 
 

@@ -23,7 +23,7 @@ from dpruner.finetune import finetuned
 from dpruner.masks import jaccard, jaccard_floor
 from dpruner.status import Status
 from dpruner.store import LazyMasks, Run
-from dpruner.tasks import Task, drawn, load_task, text_task
+from dpruner.tasks import Task, drawn, text_task
 from dpruner.variants import DENSE
 
 MASKS = ("dpruner", "wanda", "magnitude", "general", "domain", "random")

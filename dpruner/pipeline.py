@@ -18,7 +18,7 @@ from torch import nn
 
 from dpruner import baselines, calibration, distributed, leftovers, memory, store
 from dpruner.compensate import Compensated, allotted, compensate_after, compensate_walk, fisher_batches, mixed_fisher
-from dpruner.config import RunConfig, split_domain
+from dpruner.config import RunConfig
 from dpruner.domain import DomainImportance, FineTune, domain_importance, fisher_diagonal
 from dpruner.errors import InputError
 from dpruner.evaluate import of_windows, window_losses

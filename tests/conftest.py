@@ -1,6 +1,7 @@
 """What several test files share: tiny models in folders, and one small finished run."""
 
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,6 +60,16 @@ def small(llama, tmp_path_factory) -> SimpleNamespace:
     run = pipeline.run(config, runs=root / "runs", cache=root / "cache", watch=lambda status: seen.append((status.stage, status.share)))
     torch.set_num_threads(before)
     return SimpleNamespace(run=run, config=config, runs=root / "runs", cache=root / "cache", summary=report.summary(run), seen=seen)
+
+
+@pytest.fixture
+def run(small, tmp_path, monkeypatch) -> store.Run:
+    """A copy of the small run, the only one that the app sees."""
+    from app import state
+    shutil.copytree(small.runs, tmp_path / "runs")
+    monkeypatch.setattr(state, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(state, "CACHE", small.cache)
+    return store.Run(tmp_path / "runs" / small.run.id)
 
 
 @pytest.fixture(scope="session")

@@ -17,15 +17,6 @@ from dpruner.store import Run
 MATRIX = "model.layers.1.mlp.up_proj.weight"
 
 
-@pytest.fixture
-def run(small, tmp_path, monkeypatch) -> Run:
-    """A copy of the small run, the only one the app sees."""
-    shutil.copytree(small.runs, tmp_path / "runs")
-    monkeypatch.setattr(state, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(state, "CACHE", small.cache)
-    return Run(tmp_path / "runs" / small.run.id)
-
-
 def opened(domain="healthcare", block=1, module="mlp.up_proj", **session):
     return pages.opened("explore", domain=domain, block=block, module=module, **session)
 

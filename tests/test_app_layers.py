@@ -1,7 +1,6 @@
 """The page Layers: its numbers against counting by hand, at the run's sparsity and others; what it says where something is missing."""
 
 import math
-import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,15 +11,6 @@ from pages import cells, figure, shown, words
 from analysis.matrices import split_name
 from analysis.sparsity import importance_kept
 from app import state
-from dpruner.store import Run
-
-
-@pytest.fixture
-def run(small, tmp_path, monkeypatch) -> Run:
-    """A copy of the small run, the only one the app sees."""
-    shutil.copytree(small.runs, tmp_path / "runs")
-    monkeypatch.setattr(state, "RUNS", tmp_path / "runs")
-    return Run(tmp_path / "runs" / small.run.id)
 
 
 def opened(**session):

@@ -1,7 +1,6 @@
 """The page Overlap: its numbers against counting by hand, the brush, both thresholds; what it says where something is missing."""
 
 import json
-import shutil
 
 import numpy as np
 import pages
@@ -12,21 +11,12 @@ from scipy.stats import spearmanr
 
 from analysis import overlap, weighing
 from analysis.matrices import split_name
-from app import state
 from dpruner import make_masks, store
 from dpruner.formulas import balanced
 from dpruner.masks import Scores, ranked
 from dpruner.store import Run
 
 MATRIX = "model.layers.1.mlp.up_proj.weight"
-
-
-@pytest.fixture
-def run(small, tmp_path, monkeypatch) -> Run:
-    """A copy of the small run, the only one the app sees."""
-    shutil.copytree(small.runs, tmp_path / "runs")
-    monkeypatch.setattr(state, "RUNS", tmp_path / "runs")
-    return Run(tmp_path / "runs" / small.run.id)
 
 
 def opened(domain="legal", block=1, module="mlp.up_proj", **session):

@@ -10,19 +10,10 @@ import pytest
 from pages import cells, figure, figures, metrics, shown, words
 
 from analysis.matrices import split_name
-from app import state
 from dpruner import store
 from dpruner.store import Run
 
 FLOOR = "Two random masks"
-
-
-@pytest.fixture
-def run(small, tmp_path, monkeypatch) -> Run:
-    """A copy of the small run, the only one the app sees."""
-    shutil.copytree(small.runs, tmp_path / "runs")
-    monkeypatch.setattr(state, "RUNS", tmp_path / "runs")
-    return Run(tmp_path / "runs" / small.run.id)
 
 
 def opened(**session):
