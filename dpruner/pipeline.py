@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import version
@@ -18,7 +19,7 @@ from torch import nn
 
 from dpruner import baselines, calibration, distributed, leftovers, memory, store
 from dpruner.compensate import Compensated, allotted, compensate_after, compensate_walk, fisher_batches, mixed_fisher
-from dpruner.config import RunConfig
+from dpruner.config import RunConfig, split_domain
 from dpruner.domain import DomainImportance, FineTune, domain_importance, fisher_diagonal
 from dpruner.errors import InputError
 from dpruner.evaluate import of_windows, window_losses
@@ -37,6 +38,7 @@ from dpruner.variants import DENSE
 from dpruner.walk import checkpointing
 
 LAST = "metrics.parquet"         # the last file that a run writes
+BLIND = ("general", "magnitude") # methods whose scores are the same for every domain
 UNSEEN = ("memory", "processes") # what changes no bit, and may be another when a run goes on
 
 
@@ -341,6 +343,12 @@ def save_ranks(run: Run, method: str, label: str, scores: Scores) -> None:
     """The rank of every weight in its matrix, and the scores at the edges of the 256 bins."""
     if run.path("edges", method, label).is_file():   # the last of the two to be written
         return
+    for other in (split_domain(d)[0] for d in run.config["domains"] if method in BLIND):
+        if run.path("edges", method, other).is_file():
+            for kind in ("ranks", "edges"):
+                with store.replacing(run.path(kind, method, label)) as path:
+                    shutil.copyfile(run.path(kind, method, other), path)
+            return
     found = {}
     for name, s in scores.items():
         bins, edges = ranked(s, name in scores.transposed)

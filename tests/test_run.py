@@ -28,6 +28,7 @@ import dpruner
 from dpruner import RunConfig, calibration, pipeline, report, store, walk
 from dpruner.errors import InputError
 from dpruner.loading import load_model
+from dpruner.masks import rank_bins
 from dpruner.model import count_weights, fingerprint, heads_of, prunable_linears, stored_transposed
 from dpruner.stats import matrix_stats
 from dpruner.status import Status
@@ -139,6 +140,16 @@ def test_masks_are_readable_with_numpy_and_safetensors_alone(small):
                 assert weights[mask].min() >= weights[~mask].max()
         read = small.run.masks(method, domain)
         assert all(np.array_equal(read[n].numpy(), m) for n, m in masks.items())
+
+
+def test_what_looks_at_no_domain_ranks_alike_for_every_domain(small):
+    for method in ("general", "magnitude"):
+        for kind in ("ranks", "edges"):
+            one, other = (read_arrays(small.run.path(kind, method, domain)) for domain in ("healthcare", "legal"))
+            assert one and all(np.array_equal(one[name], other[name]) for name in one)
+    weights = {n: m.weight for n, m in prunable_linears(load_model(small.config.model, device="cpu")[0]).items()}
+    for name, bins in read_arrays(small.run.path("ranks", "magnitude", "legal")).items():
+        assert np.array_equal(bins, rank_bins(weights[name].detach().abs()).numpy())
 
 
 def test_ranks_are_bytes_whose_threshold_is_the_mask(small):
