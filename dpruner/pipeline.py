@@ -343,12 +343,12 @@ def save_ranks(run: Run, method: str, label: str, scores: Scores) -> None:
     """The rank of every weight in its matrix, and the scores at the edges of the 256 bins."""
     if run.path("edges", method, label).is_file():   # the last of the two to be written
         return
-    for other in (split_domain(d)[0] for d in run.config["domains"] if method in BLIND):
-        if run.path("edges", method, other).is_file():
-            for kind in ("ranks", "edges"):
-                with store.replacing(run.path(kind, method, label)) as path:
-                    shutil.copyfile(run.path(kind, method, other), path)
-            return
+    domains = [split_domain(d)[0] for d in run.config["domains"]] if method in BLIND else []
+    if other := next((domain for domain in domains if run.path("edges", method, domain).is_file()), None):
+        for kind in ("ranks", "edges"):
+            with store.replacing(run.path(kind, method, label)) as path:
+                shutil.copyfile(run.path(kind, method, other), path)
+        return
     found = {}
     for name, s in scores.items():
         bins, edges = ranked(s, name in scores.transposed)
