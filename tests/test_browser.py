@@ -67,7 +67,8 @@ def says(page, words: str, seconds: float = 60) -> None:
 
 
 def calm(page) -> None:
-    """Nothing on the page complains."""
+    """Nothing on the page complains, once it is drawn: until then what the last drawing said stands there too."""
+    settled(page)
     assert page.locator("[data-testid=stException]").count() == 0
     assert [e.inner_text() for e in page.locator("[data-testid=stAlertContentError]").all()] == []
 
@@ -179,7 +180,6 @@ def test_texts_stream_and_their_differences_are_marked(visit):
     texts, lengths = page.locator("[data-testid=stHtml] div[style*=pre-wrap]"), set()
     wait_for(lambda: lengths.add(sum(map(len, texts.all_inner_texts()))) or
              page.get_by_text("Perplexity of every text under every model").count())
-    settled(page)
     calm(page)
     assert len(lengths) > 5   # it grew while one looked on
     assert texts.count() == 3 and texts.first.locator("span[style*=border-bottom]").count() == 0   # dense, and two pruned ones
@@ -237,7 +237,6 @@ def test_a_click_on_a_figure_chooses_what_lies_under_it(visit):
         settled(page)
     top, _, left, *_ = clicked(page, "explore-overview", 1500)
     page.wait_for_url(lambda url: f"explore-row={top:.0f}" in url and f"explore-column={left:.0f}" in url)
-    settled(page)
     calm(page)
 
 

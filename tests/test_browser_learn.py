@@ -34,7 +34,6 @@ def visit(lesson, small, tmp_path_factory):
 def at(visit, step: str, **parameters) -> None:
     """Open a step by its link."""
     visit.page.goto(f"{visit.address}/learn?" + "&".join([f"learn-step={step}", *(f"learn-{k}={v}" for k, v in parameters.items())]))
-    settled(visit.page)
     calm(visit.page)
 
 
@@ -44,7 +43,6 @@ def test_the_whole_lesson_by_next_alone(visit):
     names = ["Why", "Linear", "Columns", "Sentence", "Plane", "Sparsity", "Predict", "Similarity", "Speed"]
     for place, name in enumerate(names):
         page.get_by_role("heading", name=re.compile(rf"^{place + 1}\. ")).wait_for()
-        settled(page)
         calm(page)
         words = shown(page)
         assert all(part in words for part in ("Try.", "Check yourself.", "On my run:")), name
