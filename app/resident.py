@@ -90,6 +90,13 @@ def taken(run: Run, waiting: Callable[[], None] = lambda: None) -> Iterator[Resi
         yield found
 
 
+def load_ahead(run: Run) -> None:
+    """The dense model of a run into memory before it is asked for, unless that holds another; what hinders it is said once it is asked for."""
+    if _key is None:
+        with contextlib.suppress(InputError), taken(run):
+            pass
+
+
 @contextlib.contextmanager
 def variant(found: Resident, run: Run, method: str, domain: str, sparsity: float) -> Iterator[torch.nn.Module]:
     """The resident model with one mask applied, or as it is for the method "dense"; it is dense again afterwards, whatever happens inside.

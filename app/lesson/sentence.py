@@ -12,7 +12,7 @@ import torch
 
 from analysis.chart import percent
 from analysis.lesson import arithmetic, figures, numbers, prepare
-from app import widgets
+from app import resident, widgets
 from app.lesson import counting, job
 from app.lesson.step import Step, cell, formula, take_click, window, written_out
 from dpruner.errors import InputError
@@ -80,7 +80,7 @@ def in_matrix(text: str, formula_name: str, power: int, _w, _g, _G, when: tuple)
 
 
 def sentence(run: Run) -> Callable[[], None] | None:
-    """The sentence, the λ, the tile with its flips, and the counts; where the whole model is still to be counted, what does that."""
+    """The sentence, the λ, the tile with its flips, and the counts; returned is what there is to do once they stand there."""
     first, second = st.columns([4, 3], gap="medium")
     text = first.text_input("A sentence of the domain", prepare.SENTENCE, key="learn-sentence", bind="query-params", max_chars=400,
                             help="The model reads it, and the error of its predictions is traced back to every weight: that is the "
@@ -137,7 +137,9 @@ def sentence(run: Run) -> Callable[[], None] | None:
         "u": "gradient times weight: to first order, what the error changes when the weight goes to zero",
         "G": "general importance of the weight, as in step 2", r"\lambda": "the slider: how much the open domain has to say",
         "S": "the colour of the cell; of every matrix, the half with the lowest S goes", **MORE[name]})
-    return partial(count, run, read.text, name, lam, against, tell, curve) if table is None and read.text != prepare.SENTENCE else None
+    if read.text == prepare.SENTENCE:
+        return partial(resident.load_ahead, run)   # for the first sentence that is typed
+    return partial(count, run, read.text, name, lam, against, tell, curve) if table is None else None
 
 
 def written(power: int) -> str:
