@@ -1,5 +1,6 @@
 """What there is already: the newest finished run in a few figures, and every run to repeat, take along or delete."""
 
+import contextlib
 import dataclasses
 import json
 import shlex
@@ -7,6 +8,7 @@ import shutil
 
 import streamlit as st
 
+from analysis.chart import listed
 from app import data, running, sofar, state, widgets
 from app.halves import Mask, where_they_part
 from dpruner import RunConfig, worker
@@ -51,6 +53,13 @@ def latest(run: Run) -> None:
             st.page_link(f"views/{page}.py", label=page.capitalize(), icon=f":material/{icon}:", query_params={"run": run.id})
 
 
+def ended(run: Run) -> float:
+    """When a run ended, in seconds: one that was resumed ends after others that began later."""
+    with contextlib.suppress(OSError):   # deleted meanwhile
+        return (run.folder / "status.json").stat().st_mtime
+    return 0.0
+
+
 # ---- every run
 
 
@@ -74,8 +83,12 @@ def every_run(known: list[tuple[Run, dict]]) -> None:
                         help="A waiting or running run has to be cancelled first." if status["state"] in ("queued", "running") else None):
         st.markdown(f"Delete **{run.id}** and all its files? This cannot be undone.")
         st.button("Yes, delete it", key="run-delete", type="primary", on_click=delete_run, args=(run,))
-    if status["state"] in worker.OVER:
-        running.resume_button(run, "run-resume-shown")
+    with widgets.guarded():
+        damaged = worker.damaged_files(run) if status["state"] == "done" else []
+        if damaged:
+            st.warning(f"Missing or damaged: {listed(damaged, 4)}. Resume makes them anew, with the same bits.", icon=":material/healing:")
+        if damaged or status["state"] in worker.OVER:
+            running.resume_button(run, "run-resume-shown")
     if log.toggle("Log", key="run-log-shown"):
         running.show_log(run)
     if problem := st.session_state.pop("run-delete-problem", None):

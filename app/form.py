@@ -170,8 +170,8 @@ def choose_settings() -> dict:
                    "removed ones. docs/RESULTS.md has what that is worth. Masks of such runs also tell of those moves: compare domains without them.")
     st.markdown("**Calibration**")
     a, b = st.columns(2)
-    values["nsamples"] = a.number_input("Sequences per domain", 1, step=8, **usual("nsamples", DEFAULT.nsamples))
-    values["seqlen"] = b.number_input("Tokens per sequence", 2, step=64, **usual("seqlen", DEFAULT.seqlen))
+    values["nsamples"] = a.number_input("Sequences per domain", step=8, **usual("nsamples", DEFAULT.nsamples))
+    values["seqlen"] = b.number_input("Tokens per sequence", step=64, **usual("seqlen", DEFAULT.seqlen))
     st.markdown("**Where**")
     a, b = st.columns(2)
     values["device"] = a.selectbox("Device", [None, *devices()], format_func=lambda d: d or f"automatic ({pick_device()})",
@@ -188,7 +188,7 @@ def field(name: str, bind: str | None = "query-params") -> dict:
 
 
 def usual(name: str, value) -> dict:
-    """`field`, with a value to begin with, and to come back to when the browser goes back to an address without one."""
+    """`field` (its bounds are RunConfig's, which has words for what lies outside: the browser has none), with a value to begin with, and to come back to when the browser goes back to an address without one."""
     return field(name) | {"value": value}
 
 
@@ -197,13 +197,13 @@ def more_settings() -> dict:
     a, b = st.columns(2)
     return {
         "finetune": a.toggle("Fine-tune while scoring", **usual("finetune", DEFAULT.finetune)),
-        "epochs": b.number_input("Epochs of it", 1, **usual("epochs", DEFAULT.epochs)),
+        "epochs": b.number_input("Epochs of it", **usual("epochs", DEFAULT.epochs)),
         "halves": a.toggle("Ceiling of similarity", **usual("halves", DEFAULT.halves)),
         "general_mode": b.selectbox("General importance", ["sequential", "static"], **field("general_mode")),
         "evaluate": a.toggle("Measure perplexity", **usual("evaluate", DEFAULT.evaluate)),
-        "eval_documents": b.number_input("Held-out documents", 1, **usual("eval_documents", 10)),
+        "eval_documents": b.number_input("Held-out documents", **usual("eval_documents", 10)),
         "baseline_calibration": a.selectbox("wanda, sparsegpt calibrate on", HESSIANS, **field("baseline_calibration")),
-        "seed": b.number_input("Seed", 0, **usual("seed", DEFAULT.seed)),
+        "seed": b.number_input("Seed", **usual("seed", DEFAULT.seed)),
         "memory": a.text_input("Memory, at most", placeholder="what is free, or such as 16GB", max_chars=20, **field("memory")).strip() or None,
     }
 

@@ -36,7 +36,8 @@ def put_aside() -> None:
 
 
 page = st.navigation(PAGES)
-st.html("<style>.block-container, [data-testid=stMainBlockContainer] {padding-top: 3rem} [data-testid=stSidebarHeader] {height: 2.5rem}</style>")
+st.html("<style>.block-container, [data-testid=stMainBlockContainer] {padding-top: 3rem} [data-testid=stSidebarHeader] {height: 2.5rem} "
+        "[data-testid=stMetricLabel] * {white-space: normal}</style>")
 with widgets.guarded():
     demo.ensure()
     state.choose()

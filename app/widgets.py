@@ -62,6 +62,11 @@ def file_name(title: str) -> str:
     return (stem if len(stem) <= 80 else stem[:81].rpartition("-")[0] or stem[:80]) or "figure"
 
 
+def within(value, size: int) -> int:
+    """The nearest place of 0 .. size - 1, for a number field without bounds: a browser that knows them turns the field red and says nothing."""
+    return min(max(int(value or 0), 0), size - 1)
+
+
 @contextlib.contextmanager
 def guarded():
     """What a user can mend is said in its sentence, in place; the rest of the page goes on."""

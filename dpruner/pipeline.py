@@ -37,7 +37,6 @@ from dpruner.turns import turn
 from dpruner.variants import DENSE
 from dpruner.walk import checkpointing
 
-LAST = "metrics.parquet"         # the last file that a run writes
 BLIND = ("general", "magnitude") # methods whose scores are the same for every domain
 UNSEEN = ("memory", "processes") # what changes no bit, and may be another when a run goes on
 
@@ -119,7 +118,7 @@ def execute(run: Run, config: RunConfig, prepared: Prepared, cache: Path, status
     status.plan = planned_work(config, prepared.texts)
     store.write_json(run.folder / "run.json", continued(run, record(config, prepared)))
     job = Job(run, config, prepared, status, Partial(run.folder, status.skip))
-    if (run.folder / LAST).is_file():   # killed while it tidied up
+    if (run.folder / store.LAST).is_file():   # killed while it tidied up
         return job.partial.clear()
 
     from dpruner import estimate
@@ -143,7 +142,7 @@ def pruned_models(job: Job, cache: Path) -> None:
     metrics.append(similarities(run, config, prepared.texts.labels))
     store.write_table(run.folder / "stats.parquet", in_parts(pd.concat(stats, ignore_index=True)))
     store.write_table(run.folder / "losses.parquet", pd.concat(losses, ignore_index=True))
-    store.write_table(run.folder / LAST, pd.concat([m for m in metrics if len(m)], ignore_index=True))
+    store.write_table(run.folder / store.LAST, pd.concat([m for m in metrics if len(m)], ignore_index=True))
     job.partial.clear()
 
 

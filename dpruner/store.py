@@ -18,6 +18,9 @@ from dpruner.errors import InputError
 from dpruner.masks import Scores, pack, unpack
 
 STATES = ("queued", "running", "done", "failed", "cancelled")
+RECORDS = ("run.json", "status.json")   # what a run is; without them it is none
+LAST = "metrics.parquet"                # the last file that a run writes
+TABLES = ("stats.parquet", "losses.parquet", LAST)
 ROW_GROUP = 2**16   # rows of a table that are read, or passed over, together
 
 
@@ -138,15 +141,25 @@ def read_table(path: Path, filters: list[tuple] | None = None) -> pd.DataFrame:
         InputError: the file is missing or damaged.
     """
     if not path.is_file():
-        raise InputError(f"The file {path} was not found", "this run did not write it, or it was deleted", "run it again")
+        raise InputError(f"The file {path} was not found", "this run did not write it, or it was deleted", "resume the run, which makes anew what is missing")
     try:
         return pd.read_parquet(path, filters=filters)
     except Exception as error:   # what a file says of itself to pandas may be anything, and fails in as many ways
         raise _damaged(path) from error
 
 
+def whole(path: Path) -> bool:
+    """Whether a file of tensors is there and as long as its header says."""
+    try:
+        with opened(path):
+            return True
+    except InputError:
+        return False
+
+
 def _damaged(path: Path) -> InputError:
-    return InputError(f"The file {path} cannot be read", "it is damaged or of another format", "delete it and run again")
+    return InputError(f"The file {path} cannot be read", "it is damaged or of another format", "delete its folder and run again" if path.name in RECORDS
+                      else "resume its run, which makes anew what is damaged")
 
 
 def write_masks(path: Path, masks: Mapping[str, torch.Tensor]) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from dpruner import store, turns
-from dpruner.config import RunConfig
+from dpruner.config import RunConfig, split_domain
 from dpruner.errors import InputError
 from dpruner.loading import pick_device
 from dpruner.store import Run
@@ -68,7 +68,7 @@ def submit_experiment(experiment: "Experiment", cache: str | Path = "cache") -> 
 
 
 def resume(run: Run, cache: str | Path = "cache") -> None:
-    """Put a run that failed or was cancelled into the queue again: it goes on from what it has.
+    """Put a run that failed, was cancelled or has lost files into the queue again: it goes on from what it has.
 
     Raises:
         InputError: it is done, still going, damaged, or its settings do not work here any more.
@@ -78,19 +78,41 @@ def resume(run: Run, cache: str | Path = "cache") -> None:
 
 
 def to_go_on(run: Run) -> RunConfig:
-    """The settings of a run that failed or was cancelled.
+    """The settings of a run that failed or was cancelled, or whose files are damaged: then it is one that has not ended from now on.
 
     Raises:
         InputError: as `resume`.
     """
     status = state(run)
-    if status["state"] not in OVER:
-        raise InputError(f"The run {run.id} cannot go on", f"it is {status['state']}", "choose one that failed or was cancelled")
+    lost = damaged_files(run) if status["state"] == "done" else []
+    if status["state"] not in OVER and not lost:
+        raise InputError(f"The run {run.id} cannot go on", f"it is {status['state']}" + (" and whole" if status["state"] == "done" else ""),
+                         "choose one that failed, was cancelled or has lost files")
     run.require_own_files()
     config = RunConfig.from_dict(run.config)
     config.check()
     pick_device(config.device)
+    if lost:
+        (run.folder / store.LAST).unlink(missing_ok=True)
     return config
+
+
+def damaged_files(run: Run) -> list[str]:
+    """Files of a finished run that are missing or cannot be read, by their paths in its folder; tensors are not read to their end.
+
+    Raises:
+        InputError: run.json is missing or damaged.
+    """
+    config = run.config
+    tensors = {*(run.path("masks", method, split_domain(d)[0]) for method in config["methods"] for d in config["domains"]),
+               *run.folder.glob("*/*@*.safetensors")}
+    found = [path for path in tensors if not store.whole(path)]
+    for name in store.TABLES:
+        try:
+            store.read_table(run.folder / name)
+        except InputError:
+            found.append(run.folder / name)
+    return sorted(str(path.relative_to(run.folder)) for path in found)
 
 
 def start(run: Run, module: list[str], device: str | None) -> None:

@@ -138,7 +138,7 @@ def test_failed_killed_and_damaged_runs_are_one_sentence_each_and_the_page_goes_
     at = opened()
     assert "**20300101-failed** · The model 'x' could not be loaded: it is gated; log in." in words(at)
     assert "**20300102-killed** · The run stopped in the middle: " in words(at)
-    assert "**20300103-damaged** · The file" in words(at) and "it is damaged or of another format; delete it and run again." in words(at)
+    assert "**20300103-damaged** · The file" in words(at) and "it is damaged or of another format; delete its folder and run again." in words(at)
     assert len(at.error) == 3 and at.dataframe and not start(at).disabled
 
 
@@ -480,10 +480,21 @@ def test_a_hub_id_that_is_none_is_one_sentence(runs):
         assert start(at).disabled
 
 
-def test_numbers_that_only_a_changed_browser_sends_do_not_get_through(runs, submitted):
+@pytest.mark.parametrize(("field", "value", "said"), [
+    ("nsamples", -5, "a count of 1 or more"), ("seqlen", 1, "a count of 2 or more"), ("epochs", 0, "a count of 1 or more"),
+    ("seed", -1, "a count of 0 or more"), ("eval_documents", 0, "a count of 1 or more")])
+def test_a_number_that_cannot_be_used_is_said_and_nothing_can_be_started(submitted, field, value, said):
     at = opened()
-    for name, value in {"nsamples": -5, "seqlen": 1, "lam": math.nan, "epochs": 0, "seed": -1, "eval_documents": 0}.items():
-        at.number_input(key=f"run-{name}").set_value(value)
+    before = at.number_input(key=f"run-{field}").value
+    at = calm(at.number_input(key=f"run-{field}").set_value(value).run())
+    assert f"{field} = {value} cannot be used: it is {said}; give a larger number." in [e.value for e in at.error] and start(at).disabled
+    at = calm(at.number_input(key=f"run-{field}").set_value(before).run())
+    assert not at.error and not start(at).disabled and submitted == []
+
+
+def test_numbers_that_only_a_changed_browser_sends_do_not_get_through(submitted):
+    at = opened()
+    at.number_input(key="run-lam").set_value(math.nan)
     at.slider(key="run-sparsity").set_value(150)
     calm(at.run())
     calm(start(at).click().run())
@@ -493,7 +504,7 @@ def test_numbers_that_only_a_changed_browser_sends_do_not_get_through(runs, subm
 def test_nonsense_in_the_address_gives_way(runs, small):
     at = AppTest.from_file(MAIN, default_timeout=60)
     nonsense = {"source": "zzz", "domains": "nonsense", "catalogue": "zz", "methods": "zz", "sparsity": "999", "sparsity_of": "zz",
-                "granularity": "9:1", "formula": "nonsense", "lam": "much", "nsamples": "-5", "seqlen": "1", "epochs": "abc",
+                "granularity": "9:1", "formula": "nonsense", "lam": "much", "nsamples": "many", "seqlen": "-", "epochs": "abc",
                 "finetune": "maybe", "halves": "?",
                 "evaluate": "", "general_mode": "x", "eval_documents": "nan", "seed": "1e30", "device": "zz", "dtype": "zz",
                 "compensate": "zz", "baseline_calibration": "zz", "shown": "../.."}

@@ -191,12 +191,11 @@ def test_texts_and_perplexities_are_the_engines(tiny, lesson):
     model, tokenizer, *_, S = tiny
     found, falling = part(lesson, "words.json"), part(lesson, "fall.json")
     heldout = {name: load_texts(name, "heldout", limit=lesson.config.eval_documents)[:prepare.DOCUMENTS] for name in ("general", prepare.DOMAIN)}
-    window = model.config.max_position_embeddings
 
     def now(masks):
         with pruned(model, masks):
             text = "".join(t.text for t in generate(model, tokenizer, prepare.PROMPTS[0], max_new_tokens=prepare.NEW_TOKENS))
-            return text, {n: float(perplexity(model, tokenizer, t, window, window)) for n, t in heldout.items()}
+            return text, {n: float(perplexity(model, tokenizer, t)) for n, t in heldout.items()}
 
     for name, scores in (("dense", None), ("general", S.general), ("dpruner", S.dual)):
         text, quality = now({} if scores is None else make_masks(scores, prepare.STRONG))

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -250,6 +251,18 @@ def test_files_that_were_torn_are_made_again(share, brief, whole, tmp_path, one_
     for path in torn:
         path.write_bytes(path.read_bytes()[:-20])
     assert content(finished(brief, run.folder)) == content(whole)
+
+
+def test_files_that_a_finished_run_has_lost_are_made_anew(brief, whole, tmp_path, one_thread):
+    folder = tmp_path / "runs" / whole.id
+    shutil.copytree(whole.folder, folder)
+    run, masks = store.Run(folder), next((folder / "masks").iterdir())
+    assert worker.damaged_files(run) == []
+    masks.write_bytes(masks.read_bytes()[:-20])
+    (folder / "stats.parquet").write_bytes(b"PAR1")
+    (folder / "losses.parquet").unlink()
+    assert worker.damaged_files(run) == ["losses.parquet", f"masks/{masks.name}", "stats.parquet"]
+    assert content(finished(worker.to_go_on(run), folder)) == content(whole) and worker.damaged_files(run) == []
 
 
 def test_a_killed_run_goes_on_from_the_command_line(brief, whole, tmp_path, capsys, one_thread):

@@ -152,7 +152,7 @@ def test_a_cancelled_run_goes_on_and_a_finished_one_does_not(llama, runs, tmp_pa
     worker.resume(run, tmp_path / "cache")
     wait_for(lambda: worker.state(run)["state"] == "done")
     assert run.pairs() == [("dpruner", "legal")]
-    with pytest.raises(InputError, match="cannot go on: it is done; choose one that failed or was cancelled"):
+    with pytest.raises(InputError, match="cannot go on: it is done and whole; choose one that failed, was cancelled"):
         worker.resume(run, tmp_path / "cache")
 
 

@@ -41,7 +41,7 @@ SENTENCE = "The patient was treated with antibiotics for a bacterial infection."
 SPARSITY = 0.5                                # of masks that are looked at weight by weight
 STRONG = 0.7                                  # at which the first three texts are written: less than this the small model forgives
 STEPS = tuple(s / 10 for s in range(10))      # sparsities at which the model is seen falling apart
-WINDOW, DOCUMENTS, NEW_TOKENS = 256, 2, 28     # tokens a window of held-out text, documents of it, tokens of a text
+DOCUMENTS, NEW_TOKENS = 2, 28                  # of held-out text, tokens of a text
 ROUNDS, ROUND_TOKENS = 4, 16                  # of the measurement of speed
 SAMPLE = 1 << 23                              # bytes of weights on which compression is measured
 
@@ -140,12 +140,11 @@ def continued(job: Job, prompt: str) -> str:
 
 
 def judged(job: Job) -> list[dict]:
-    """Perplexity on held-out text of the domain and of the open domain, rows as of metrics.parquet."""
+    """Perplexity on held-out text of the domain and of the open domain, as the demonstration takes it, rows as of metrics.parquet."""
     model, tokenizer, texts, *_ = job.prepared
-    window = min(WINDOW, max_length(model) or WINDOW)
 
     def row(name: str) -> dict:
-        found: Estimate = perplexity(model, tokenizer, texts.heldout[name][:DOCUMENTS], window, window, seed=job.config.seed)
+        found: Estimate = perplexity(model, tokenizer, texts.heldout[name][:DOCUMENTS], seed=job.config.seed)
         return {"domain": DOMAIN, "text": name, "metric": "perplexity", "value": float(found), "low": found.low, "high": found.high,
                 "n": found.n}
 

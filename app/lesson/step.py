@@ -109,8 +109,8 @@ def cell(shape: tuple[int, int]) -> tuple[int, int, tuple[int, int]]:
     left, right = st.columns(2)
     found = []
     for place, key, label, size in ((left, "learn-row", "Row (output)", shape[0]), (right, "learn-column", "Column (input)", shape[1])):
-        st.session_state[key] = min(max(int(st.session_state.get(key, 0)), 0), size - 1)   # the URL may hold anything
-        found.append(place.number_input(label, 0, size - 1, key=key, bind="query-params", help="Or click a cell in the picture."))
+        st.session_state[key] = widgets.within(st.session_state.get(key, 0), size)
+        found.append(place.number_input(f"{label}, 0 to {size - 1}", key=key, bind="query-params", help="Or click a cell in the picture."))
     row, column = found
     origin = tuple(max(0, min(at // TILE * TILE, size - TILE)) for at, size in zip(found, shape, strict=True))
     return row, column, origin

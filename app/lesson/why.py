@@ -47,8 +47,7 @@ def why(run: Run) -> None:
     windows = " and ".join(f"{row.n} on {row.text} text" for row in quality[quality.method == "dense"].itertuples())
     st.caption("**How to read this:** perplexity is how many tokens the model wavers between, as it were, on text it has not seen: lower "
                f"is better. In brackets the 95 % interval. “Domain” here is {prepare.DOMAIN}. Texts are the most probable continuation, "
-               f"word by word. Measured on few windows of {prepare.WINDOW} tokens, so that it is soon done ({windows}): a run judges on other "
-               "windows, so its figures differ a little from these.")
+               f"word by word. Measured on few windows of text, so that it is soon done ({windows}): the same as those of the demonstration run.")
     widgets.chart(comparisons.quality(quality.assign(method=quality.method.map(MODELS), domain=f"{prepare.DOMAIN} (where anything is pruned)")),
                   "learn-why-quality")
     formula(r"\text{remove } \lfloor s\cdot n\rceil \text{ of the } n \text{ weights of every matrix: those with the lowest score } S", {

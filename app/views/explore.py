@@ -134,11 +134,11 @@ def all_matrices(look: Look, selected: state.Selection) -> None:
 def window(look: Look, head: tuple[str, int] | None) -> tuple[slice, slice]:
     """Which rows and columns are shown as single weights, from number inputs that the URL keeps."""
     for key, size in zip(("explore-row", "explore-column"), look.shape, strict=True):
-        if key in st.session_state:   # left from a larger matrix
-            st.session_state[key] = min(st.session_state[key], size - 1)
+        if key in st.session_state:   # left from a larger matrix, or typed
+            st.session_state[key] = widgets.within(st.session_state[key], size)
     row, column, size, jump = st.columns(4)
-    top = row.number_input("Jump to row", 0, look.shape[0] - 1, key="explore-row", bind="query-params", help=WINDOW_HELP)
-    left = column.number_input("Jump to column", 0, look.shape[1] - 1, key="explore-column", bind="query-params", help=WINDOW_HELP)
+    top = row.number_input(f"Jump to row (0 to {look.shape[0] - 1:,})", value=0, key="explore-row", bind="query-params", help=WINDOW_HELP)
+    left = column.number_input(f"Jump to column (0 to {look.shape[1] - 1:,})", value=0, key="explore-column", bind="query-params", help=WINDOW_HELP)
     side = size.selectbox("Window", SIZES, index=2, key="explore-size", bind="query-params", format_func=lambda n: f"{n} × {n} weights")
     jump_to_head(jump, look, head)
     starts = [min(first, max(n - side, 0)) for first, n in zip((top, left), look.shape, strict=True)]
@@ -152,13 +152,13 @@ def jump_to_head(cell, look: Look, head: tuple[str, int] | None) -> None:
         return
     axis, size = head
     key = f"explore-{axis}"
-    last = look.shape[axis == "column"] // size - 1
+    heads = look.shape[axis == "column"] // size
 
     def jump() -> None:
-        st.session_state[key] = int(st.session_state["explore-head"]) * size
+        st.session_state[key] = widgets.within(st.session_state["explore-head"], heads) * size
 
-    st.session_state["explore-head"] = min(int(st.session_state.get(key, 0)) // size, last)
-    cell.number_input("Jump to head", 0, last, key="explore-head", on_change=jump,
+    st.session_state["explore-head"] = widgets.within(int(st.session_state.get(key, 0)) // size, heads)
+    cell.number_input(f"Jump to head (0 to {heads - 1})", key="explore-head", on_change=jump,
                       help=f"A head is {size} {axis}s of this matrix. Where queries, keys and values lie in one matrix, their heads follow each other.")
 
 

@@ -25,7 +25,7 @@ PROMPTS = {
     "code": ("def mean(values):\n    ", "The function returns the number of"),
 }
 MOST_BITS = 8.0   # of surprisal: where the colour is full, one chance in 256
-END = "■"
+END, EMPTY = "■", "∅"
 MARK = "border-bottom:3px solid #4a9fd8"
 
 st.title("Generate")
@@ -52,7 +52,7 @@ def asked() -> dict:
     st.session_state.setdefault("generate-prompt", starts[0].split(": ", 1)[1])
     st.selectbox("Start from", starts, index=None, placeholder="A prompt for one of the built-in domains", key="generate-start",
                  on_change=take_prompt)
-    prompt = st.text_area("Prompt", key="generate-prompt", bind="query-params", height=90, max_chars=4000,
+    prompt = st.text_area("Prompt", key="generate-prompt", bind="query-params", height=90,
                           help="The model continues it. Few small models follow instructions: give them the beginning of a text.")
     mine = name_of(selected.method, selected.domain)
     others = [name_of(*pair) for pair in data.pairs(run) if name_of(*pair) != mine]
@@ -68,11 +68,11 @@ def asked() -> dict:
     settings = {"max_new_tokens": count}
     if sampling:
         settings |= {
-            "temperature": more[0].number_input("Temperature", 0.1, 2.0, 0.8, 0.1, key="generate-temperature", bind="query-params",
+            "temperature": more[0].number_input("Temperature", value=0.8, step=0.1, key="generate-temperature", bind="query-params",
                                                 help="Below 1 keeps to what is probable, above 1 dares more."),
-            "top_p": more[1].number_input("Top-p", 0.05, 1.0, 0.95, 0.05, key="generate-top-p", bind="query-params",
+            "top_p": more[1].number_input("Top-p", value=0.95, step=0.05, key="generate-top-p", bind="query-params",
                                           help="Draw only from the most probable tokens that together have this probability."),
-            "seed": more[2].number_input("Seed", 0, 2**31, 0, key="generate-seed", bind="query-params", help="The same for all variants.")}
+            "seed": more[2].number_input("Seed", value=0, key="generate-seed", bind="query-params", help="The same for all variants.")}
     return {"run": str(run.folder), "prompt": prompt, "variants": [DENSE, mine, *beside], "sparsity": selected.sparsity,
             "settings": settings}
 
@@ -161,7 +161,7 @@ def coloured(text: dict, reader: str, texts: list[dict]) -> str:
     pieces = [f'<span title="the prompt" style="opacity:0.6">{html.escape(prompt)}</span>']
     for at, (token, b) in enumerate(zip(text["tokens"], bits, strict=True)):
         differs = same is not None and not same.equal_b[at]
-        shown = html.escape(token).replace("\n", "⏎\n") or "∅"
+        shown = html.escape(token).replace("\n", "⏎\n") or EMPTY
         told = f"token {at + 1}: “{token}”, {b:.2f} bits (p = {2 ** -b:.3g}) to {reader}" + (", not in the dense text" if differs else "")
         pieces.append(f'<span title="{html.escape(told)}" style="{ground(b)};{MARK if differs else ""}">{shown}</span>')
     return f'<div style="white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.75;font-size:0.95rem">{"".join(pieces)}</div>'
@@ -182,7 +182,7 @@ def legend(reader: str) -> None:
     steps = "".join(f'<span style="{ground(b)};padding:2px 9px">{b:.0f}{"+" if b == MOST_BITS else ""}</span>'
                     for b in (0, 1, 2, 3, 4, 6, MOST_BITS))
     st.html(f'<div style="font-size:0.85rem">Surprisal of each token to {html.escape(reader)}, in bits: {steps} &emsp; '
-            f'<span style="{MARK}">underlined</span>: not in the dense text &emsp; ⏎ new line &ensp; {END} end of the text</div>')
+            f'<span style="{MARK}">underlined</span>: not in the dense text &emsp; ⏎ new line &ensp; {END} end of the text &ensp; {EMPTY} a token without a sign of its own</div>')
     st.caption("**How to read this:** the stronger the colour, the less that model expected the token: n bits are a chance of one in 2ⁿ. "
                "Exact values stand under the pointer, and in the table below.")
 
@@ -247,7 +247,7 @@ def readings(texts: list[dict]) -> None:
                                                             for n in names}} for t in texts])
     st.dataframe(table, hide_index=True, column_config={c: st.column_config.NumberColumn(format="%.2f") for c in table.columns[1:]})
     st.caption("**How to read this:** a row is one text, read by each model; 1 would be a text the model was sure of. Every model finds its own "
-               "greedy text easy, so look along a row: a pruned model that reads the dense text with a much higher perplexity has lost what "
+               "text easier than another's, so look along a row: a pruned model that reads the dense text with a much higher perplexity has lost what "
                "makes it expect such text. One text is one sample: **Results** has held-out text with intervals.")
     tokens = pd.concat([generation.token_table(t["tokens"], t["log_probs"][n]).assign(text=t["name"], reader=n)
                         for t in texts for n in names if n in t["log_probs"]], ignore_index=True).drop(columns="differs")

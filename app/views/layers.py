@@ -54,7 +54,7 @@ def spreads() -> None:
     """Heads, rows and columns: a map of all matrices, then the parts of the selected one."""
     st.subheader("Heads, rows, columns")
     kinds = [part for part in PARTS if part != "head" or data.heads(run)]
-    left, right = st.columns(2)
+    left, right = st.columns([3, 2])
     part = left.segmented_control(
         "Parts", kinds, default="row", format_func=PARTS.get, key="layers-part", bind="query-params", required=True,
         help="A row of a matrix makes one output, a column reads one input; a head is a group of them in attention.")

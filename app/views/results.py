@@ -74,7 +74,7 @@ def quality() -> None:
 
 def beside(gaps: dict[str, dict], words: dict[str, str]) -> None:
     """The selected method against every other one, window by window."""
-    rows = [{"on": words[text], "against": other, "perplexity": f"{100 * gap:+.1f} %", "95 % interval": f"{100 * gap.low:+.1f} to {100 * gap.high:+.1f} %",
+    rows = [{"on": words[text], "against": other, "perplexity differs by": f"{100 * gap:+.1f} %", "95 % interval": f"{100 * gap.low:+.1f} to {100 * gap.high:+.1f} %",
              "windows": gap.n, f"{mine} is": metrics.verdict(metrics.PERPLEXITY, gap)} for other, found in gaps.items() for text, gap in found.items()
             if other != resident.DENSE and text in words]
     if rows:
@@ -201,7 +201,7 @@ def sizes(removed: int, measured: dict | None) -> None:
     precision = stored_precision(record["config"]["model"], record["model"]["commit"] or record["config"]["revision"])
     mask = run.path("masks", method, domain)
     if not mask.is_file():
-        raise InputError(f"The file {mask} was not found", "it was deleted since the run", "run it again")
+        raise InputError(f"The file {mask} was not found", "it was deleted since the run", "resume the run on the page Run, which makes it anew")
     table = results.size_table(dense, removed, precision.itemsize, mask.stat().st_size, measured and tuple(measured["shares"]))
     made = comparisons.bytes_bars(table)
     widgets.chart(entitled(made, f"Bytes on disk, {mine} ({str(precision).removeprefix('torch.')})"), "results-bytes")
@@ -217,10 +217,10 @@ def speed(measured: dict) -> None:
     table = pd.DataFrame({"round": range(1, ROUNDS + 1), "dense": measured["dense"], mine: measured["pruned"]})
     st.markdown("##### Speed")
     left, right, words = st.columns([1, 1, 3])
-    left.metric("Dense", f"{table.dense.median():.1f}", "tokens per second", delta_color="off", delta_arrow="off")
-    right.metric("Pruned", f"{table[mine].median():.1f}", "tokens per second", delta_color="off", delta_arrow="off")
+    left.metric("Dense", f"{table.dense.median():.1f}", "tokens per second, median", delta_color="off", delta_arrow="off")
+    right.metric("Pruned", f"{table[mine].median():.1f}", "tokens per second, median", delta_color="off", delta_arrow="off")
     same = low <= 1 <= high
-    words.markdown(f"**{mine}** writes **{ratio:.2f} times** as fast as dense on this machine (mean of the rounds' ratios; 95\u00a0%: {low:.2f} to {high:.2f}, "
+    words.markdown(f"**{mine}** writes **{ratio:.2f} times** as fast as dense on this machine (mean of pruned ÷ dense in the same round, which other work on the machine disturbs less than the medians; 95\u00a0%: {low:.2f} to {high:.2f}, "
                    f"{ROUNDS} rounds of {TOKENS} tokens, in turn). "
                    + ("**No difference beyond the noise**, as is to be expected: unstructured zeros buy no speed." if same else
                       "The interval leaves out 1, but both do the same multiplications: look for what else keeps this machine busy, and "

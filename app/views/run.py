@@ -12,7 +12,7 @@ runs = running.statuses()
 done = [run for run, status in runs if status["state"] == "done"]
 if done:
     with widgets.guarded():
-        finished.latest(done[0])
+        finished.latest(max(done, key=finished.ended))
 elif not runs:
     st.info("There is no run yet: fill in the form below and press Start.")
 

@@ -56,7 +56,7 @@ def verdict(matrix: np.ndarray, floor: np.ndarray, cut: similarity.Halves | None
     """The mean pair between chance and sameness, in a few numbers."""
     mean, base, *of_halves = (mean_pair(each) for each in (matrix, floor, *(cut or ())[:2]))
     cells = st.columns([1, 1, 1, 1, 1] if cut else [1, 1, 3])
-    cells[0].metric("Mean of all pairs", f"{mean:.3f}", help="The mean similarity of every two different masks shown here.")
+    cells[0].metric("Mean of all pairs", f"{mean:.3f}", help="The mean similarity of every two different masks shown here, each from all its text.")
     cells[1].metric("Two random masks", f"{base:.3f}", help="The floor: what masks drawn at random would share if they kept as many weights of every matrix.")
     if not cut:
         cells[2].metric("Same domain", "unknown", help=SAME_HELP + " These masks have none: their methods look at no text, or the run took no halves.")
@@ -140,7 +140,7 @@ def every_matrix(counts: similarity.Counts, masks: list[Mask], sparsity: float |
     widgets.chart(figures.layer_heatmap(
         data.places(selected.run).assign(similarity=lambda t: t.matrix.map(mean)), "similarity", title="Similarity of the masks in every matrix",
         quantity=f"{alike.MEASURE_NAMES[measure]}, mean of all pairs",
-        how=f"One cell for each matrix; brighter is more alike. Two random masks would show {base:.3f}"
+        how=f"One cell for each matrix; brighter is more alike. In the mean over the matrices, two random masks would show {base:.3f}"
             + (f". From half the text each, the same domain shows {np.mean([mean_pair(c.same) for c in cut]):.3f}, two domains "
                f"{np.mean([mean_pair(c.other) for c in cut]):.3f}." if cut else ".") + " A click chooses the matrix shown below.",
         chosen=(selected.block, selected.module)), key, on_select=lambda: state.choose_matrix(key), selection_mode="points")
