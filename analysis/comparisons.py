@@ -56,7 +56,7 @@ def quality(table: pd.DataFrame, x: str = "method", series: str = "text", metric
     ends = (table[x].min(), table[x].max()) if along else (-0.5, len(places) - 0.5)
     told = _dense_lines(figure, dense, names if series != "method" else None, series, ends)
     finite = table.loc[np.isfinite(table["value"]), "value"]
-    steep = finite.min() > 0 and finite.max() > 10 * finite.min()
+    steep = finite.min() > 0 and finite.max() > 5 * finite.min()
     figure.update_yaxes(title=f"{metric} ({'lower' if lower_is_better else 'higher'} is better)", **(log_axis(finite) if steep else {}))
     figure.update_xaxes(title="sparsity (share removed)" if x == "sparsity" else x, tickformat=".0%" if x == "sparsity" else None,
                         **({} if along else {"tickvals": list(places.values()), "ticktext": [plain(v) for v in places], "showgrid": False}))

@@ -305,8 +305,8 @@ def plane(histogram: np.ndarray, sparsity_a: float, sparsity_b: float, a: str, b
     square = {"tickformat": ".0%", "range": [0, 1], "showgrid": False, "constrain": "domain"}
     figure.update_xaxes(title=f"rank by {plain(a)} (share of weights below)", constraintoward="right", **square)   # beside the colour bar
     figure.update_yaxes(title=f"rank by {plain(b)} (share of weights below)", scaleanchor="x", **square)
-    bin_a, bin_b = np.nonzero(histogram)
-    table = pd.DataFrame({"bin_a": bin_a, "bin_b": bin_b, "weights": histogram[bin_a, bin_b]})
+    bins = np.nonzero(histogram)
+    table = pd.DataFrame({**{f"rank bin of {side}": at for side, at in zip((a, b), bins, strict=True)}, "weights": histogram[bins]})
     shares = listed(f"{name} {count:,} ({percent(count / found.weights)})" for name, (_, _, count) in named.items())
     alt = (f"Plane of {found.weights:,} weights of {matrix} by their rank in {a} and in {b}, thresholds at {percent(sparsity_a)} and "
            f"{percent(sparsity_b)}. Kept by: {shares}.")

@@ -54,7 +54,9 @@ def main() -> None:
     print("  D-Pruner Studio is getting ready …", flush=True)
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")   # as for runs, before torch is loaded: beside one, spinning costs ten times
     from streamlit.logger import get_logger
-    get_logger("streamlit.runtime.caching.cache_data_api").setLevel(logging.ERROR)   # the pages' caches are made before there is a server
+    # the pages' caches are made before there is a server, and the command line comes after the config file: neither is worth a warning
+    for name in ("streamlit.runtime.caching.cache_data_api", "streamlit.config"):
+        get_logger(name).setLevel(logging.ERROR)
     from app import demo
     from dpruner.errors import InputError
     try:

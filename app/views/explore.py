@@ -137,8 +137,8 @@ def window(look: Look, head: tuple[str, int] | None) -> tuple[slice, slice]:
         if key in st.session_state:   # left from a larger matrix, or typed
             st.session_state[key] = widgets.within(st.session_state[key], size)
     row, column, size, jump = st.columns(4)
-    top = row.number_input(f"Jump to row (0 to {look.shape[0] - 1:,})", value=0, key="explore-row", bind="query-params", help=WINDOW_HELP)
-    left = column.number_input(f"Jump to column (0 to {look.shape[1] - 1:,})", value=0, key="explore-column", bind="query-params", help=WINDOW_HELP)
+    top = row.number_input(f"Row, 0 to {look.shape[0] - 1:,}", value=0, key="explore-row", bind="query-params", help=WINDOW_HELP)
+    left = column.number_input(f"Column, 0 to {look.shape[1] - 1:,}", value=0, key="explore-column", bind="query-params", help=WINDOW_HELP)
     side = size.selectbox("Window", SIZES, index=2, key="explore-size", bind="query-params", format_func=lambda n: f"{n} × {n} weights")
     jump_to_head(jump, look, head)
     starts = [min(first, max(n - side, 0)) for first, n in zip((top, left), look.shape, strict=True)]
@@ -148,7 +148,7 @@ def window(look: Look, head: tuple[str, int] | None) -> tuple[slice, slice]:
 def jump_to_head(cell, look: Look, head: tuple[str, int] | None) -> None:
     """A number input that moves the window to an attention head's first row or column."""
     if head is None:
-        cell.selectbox("Jump to head", ["none here"], disabled=True, key="explore-no-head", help="This matrix belongs to no attention head.")
+        cell.selectbox("Head", ["none here"], disabled=True, key="explore-no-head", help="This matrix belongs to no attention head.")
         return
     axis, size = head
     key = f"explore-{axis}"
@@ -158,7 +158,7 @@ def jump_to_head(cell, look: Look, head: tuple[str, int] | None) -> None:
         st.session_state[key] = widgets.within(st.session_state["explore-head"], heads) * size
 
     st.session_state["explore-head"] = widgets.within(int(st.session_state.get(key, 0)) // size, heads)
-    cell.number_input(f"Jump to head (0 to {heads - 1})", key="explore-head", on_change=jump,
+    cell.number_input(f"Head, 0 to {heads - 1}", value=0, key="explore-head", on_change=jump,
                       help=f"A head is {size} {axis}s of this matrix. Where queries, keys and values lie in one matrix, their heads follow each other.")
 
 

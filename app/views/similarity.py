@@ -23,7 +23,7 @@ MEASURE_HELP = """How much of what two masks keep is the same.
 - **Overlap coefficient**: weights both keep as a share of the smaller mask."""
 SAME_HELP = "The ceiling: what the masks from the two halves of one domain's text share, the mean over the domains."
 OTHER_HELP = ("What two masks share that come from half of one domain's text and half of another's. Less text makes a mask noisier, so this, and not "
-              "the mean of all pairs, compares with the same domain's halves.")
+              "the mean of all pairs, compares with the same domain's halves. Pairs of one method.")
 
 
 def chosen_masks(runs: list[Run], which: str, method: str, domain: str) -> list[Mask]:
@@ -94,9 +94,16 @@ def conclusion(cut: similarity.Halves) -> None:
     known = np.isfinite(same)
     n, clear, gap = int(known.sum()), int((least > most)[known].sum()), float((same - other)[known].mean())
     st.markdown(f"On equal terms, from half the text each, two domains share **{abs(gap):.3f} {'less' if gap > 0 else 'more'}** than the two halves of "
-                f"one, on average. In **{clear} of {counted(n, 'pair')}** not a single half of one domain is as near to the other domain as to its own: "
-                + ("there the subject of the text shows in the masks; chance alone would let it happen to one pair in 15." if clear else
-                   "on these texts no difference between domains shows. More calibration text, or a higher sparsity, may tell them apart."))
+                f"one, on average. {in_pairs(clear, n)}"
+                + (" So it is where the subject of the text shows in the masks; by chance alone it would be so of one pair in 15." if clear else
+                   " On these texts no difference between domains shows. More calibration text, or a higher sparsity, may tell them apart."))
+
+
+def in_pairs(clear: int, n: int) -> str:
+    """In how many pairs of domains the halves keep to their own."""
+    if n == 1:
+        return f"**{'No' if clear else 'A'}** half of the one domain is as near to the other domain as to its own."
+    return f"In **{clear} of {n} pairs** no half of the one domain is as near to the other domain as to its own."
 
 
 def the_map(counts: similarity.Counts, measure: str, masks: list[Mask], which: str) -> None:
