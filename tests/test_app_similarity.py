@@ -54,7 +54,7 @@ def test_the_whole_model_is_what_counting_by_hand_finds(run, percent):
     assert found["the two domains, all their text"] == pytest.approx(told) and found["the two domains, from half the text each"] == pytest.approx(other)
     cut = {d: [masks(run, "dpruner", f"{d}~{n}", percent) for n in (1, 2)] for d in ("healthcare", "legal")}
     clear = max(jaccard(a, b) for a, b in itertools.product(*cut.values())) < min(jaccard(*both) for both in cut.values())
-    assert f"**{abs(same - other):.3f} {'less' if same > other else 'more'}**" in words(page) and f"**{int(clear)} of 1 pair**" in words(page)
+    assert f"**{abs(same - other):.3f} {'less' if same > other else 'more'}**" in words(page) and f"**{'No' if clear else 'A'}** half of the one domain" in words(page)
     for (block, module), gap in cells(figure(page, "similarity-gap")).items():
         of_one = on_equal_terms(run, percent, lambda n, at=(block, module): split_name(n) == at)
         assert gap == pytest.approx(of_one[0] - of_one[1])
@@ -76,7 +76,7 @@ def test_all_masks_compare_domains_within_a_method_only(run):
     assert not page.exception and not page.error
     same, other = on_equal_terms(run)
     assert metrics(page)["½ text: 2 domains"] == f"{other:.3f}" and metrics(page)["½ text: 1 domain"] == f"{same:.3f}"
-    assert "of 1 pair" in words(page)   # of six masks, two are of one method and have halves
+    assert "** half of the one domain" in words(page)   # of six masks, two are of one method and have halves
 
 
 def test_the_same_masks_are_said_to_be_the_same(run):
