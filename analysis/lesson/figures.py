@@ -111,17 +111,19 @@ def compensation(found: Compensation, inputs: Sequence[int]) -> Chart:
         xaxis={"domain": [0, 0.66], "title": "column (input of the layer)", "showgrid": False, "tickvals": list(range(across)),
                "ticktext": [str(i) for i in inputs]},
         yaxis={"title": "row (output)", "showgrid": False, "autorange": "reversed", "dtick": 1},
-        xaxis2={"showgrid": False}, yaxis2={"title": "share of the output lost", "tickformat": ".0%",
+        xaxis2={"showgrid": False}, yaxis2={"title": "share of the output lost", "tickformat": ".0%" if found.plain.max() > 0.05 else ".1%",
                                             "range": [0, 1.15 * max(found.plain.max(), 1e-9)]},
         updatemenus=[{"type": "buttons", "direction": "left", "showactive": False, "bgcolor": "rgba(0,0,0,0)", "font": {"color": INK, "weight": 700}, "x": 0,
                       "y": -0.24, "xanchor": "left", "yanchor": "top", "pad": {"r": 8}, "buttons": [
-            {"label": "▶ Play", "method": "animate", "args": [None, {"frame": {"duration": 700, "redraw": True}, "transition": instant}]},
+            {"label": "▶ Play", "method": "animate", "args": [None, {"frame": {"duration": 700, "redraw": True}, "transition": instant, "fromcurrent": True}]},
             {"label": "❚❚ Pause", "method": "animate", "args": [[None], {"mode": "immediate", "frame": {**instant, "redraw": False}}]}]}],
         sliders=[{"active": steps - 1, "x": 0.22, "len": 0.44, "y": -0.2, "currentvalue": {"prefix": "columns done: "}, "steps": [
             {"label": str(done), "method": "animate", "args": [[str(done)], {"mode": "immediate", "transition": instant,
                                                                             "frame": {"duration": 0, "redraw": True}}]}
             for done in range(steps)]}])
-    table = pd.DataFrame({"columns done": range(steps), "lost by zeros alone": found.plain, "lost with compensation": found.moved})
+    done, r, c = (at.reshape(-1) for at in np.indices(found.weights.shape))
+    table = pd.DataFrame({"columns done": done, "row": r, "column": np.asarray(inputs)[c], "weight": found.weights.reshape(-1),
+                          "removed": found.removed[r, c] & (c < done), "lost by zeros alone": found.plain[done], "lost with compensation": found.moved[done]})
     alt = (f"A block of {rows} × {across} weights in {steps} steps. In the end {int(found.removed.sum())} are removed: zeros alone lose "
            f"{percent(found.plain[-1], 2)} of the output's mean square, with compensation {percent(found.moved[-1], 2)}.")
     how = ("Press Play, or move the slider. A cross is a removed weight; the columns to its right move to make up for it, so their colours "

@@ -8,6 +8,7 @@ from analysis import alike, figures, similarity
 from analysis.chart import listed, percent
 from analysis.lesson import prepare
 from analysis.matrices import places
+from analysis.sparsity import told as in_words
 from app import data, widgets
 from app.lesson import job
 from app.lesson.step import Step, formula, mine
@@ -42,21 +43,21 @@ def predict(run: Run) -> None:
     st.markdown(f"All masks here remove {prepare.SPARSITY:.0%} of every matrix. Guess first.")
 
     with st.container(border=True):
-        guess = st.radio("1. Masks for which two domains share most?", names, index=None, key="learn-guess-pair", horizontal=True)
-        if guess or everything:
-            verdict(guess, best, f"**{best}** share most: {percent(float(table.jaccard.max()))} of what either keeps.{close(table, names)}")
-            widgets.chart(alike.pair_dots(table), "learn-predict-pairs")
-
-    with st.container(border=True):
         random = similarity.pairs(counts.only([label for label in counts.labels if label.startswith("random")]))
         shown = [25, 33, 50, 67, 100]
-        guess = st.radio("2. Two masks are drawn at random, each keeps half. What share of the weights that either keeps do both keep "
+        guess = st.radio("1. Two masks are drawn at random, each keeps half. What share of the weights that either keeps do both keep "
                          "(%)?", shown,
                          index=None, key="learn-guess-random", horizontal=True)
         if answered := guess is not None or everything:
             value = float(random.jaccard.iloc[0])
             verdict(guess, 33, f"**{percent(value, 2)}**, counted over {int(random.weights.iloc[0]):,} weights. Both keep a quarter, either "
                                "keeps three quarters: a third. So a third means nothing in common.")
+
+    with st.container(border=True):
+        guess = st.radio("2. Masks for which two domains share most?", names, index=None, key="learn-guess-pair", horizontal=True)
+        if guess or everything:
+            verdict(guess, best, f"**{best}** share most: {percent(float(table.jaccard.max()))} of what either keeps.{close(table, names)}")
+            widgets.chart(alike.pair_dots(table.drop(columns=["ceiling", "halves"])), "learn-predict-pairs")
 
     with st.container(border=True):
         found = job.table(run, "modules.json")
@@ -73,7 +74,7 @@ def predict(run: Run) -> None:
                                             "they compare.")
             widgets.chart(figures.whole_model_chart(rows, found["sparsity"]), "learn-predict-modules")
     symbols = {"A, B": "the sets of weights that two masks keep", "J": "Jaccard similarity: both over either"}
-    if answered:   # it would tell what the second question asks
+    if answered:   # it would tell what the first question asks
         formula(r"J(A, B) = \frac{|A\cap B|}{|A\cup B|}, \qquad J_\text{random} = \frac{p^2}{2p-p^2} = \frac13\ \text{ at } p=\tfrac12",
                 symbols | {"p": "the share that each keeps"})
     else:
@@ -100,7 +101,7 @@ def verdict(guess, truth, words: str) -> None:
 
 PREDICT = Step(
     "Predict", "Predict first, then look", ("alike.safetensors", "modules.json"), predict,
-    "Vote with hands before anyone clicks. Write the class's numbers on the board: being surprised is what makes it stay.",
+    "Write your three guesses down before you click; a class votes with hands. Being surprised is what makes it stay.",
     "Two masks that keep 20 % each share 20 % of what either keeps. Is that much?",
     "Two random masks that keep 20 % share 0.04 / 0.36 = 11 %. So it is more than chance, but most of what they keep is not shared. "
     "Without the floor the number says nothing.",
@@ -154,14 +155,13 @@ def between(run: Run) -> None:
     widgets.chart(alike.pair_dots(table), "learn-alike-dots")
     if np.isfinite(way):
         st.markdown(f"From half the text each, masks of two domains go **{percent(way)}** of the way from chance to what masks of one domain share. "
-                    f"What is missing, {ceiling - other:.3f}, is what the domains make of it: " + (
-                        "little beside what any text asks for." if way > 0.9 else "here the subject of a text decides about many weights."))
+                    f"What is missing, {ceiling - other:.3f}, is the difference that the subject of the text makes.")
     formula(r"\text{from floor to ceiling} = \frac{J_{\text{two}} - J_\text{floor}}{J_\text{one} - J_\text{floor}}", {
-        r"J_\text{floor}": f"the line at the left: what random masks share that keep as much, {floor:.3f} at {share:.0%}",
+        r"J_\text{floor}": f"the line at the left: what random masks share that keep as much, {floor:.3f} at {in_words(share)}",
         r"J_\text{two}": "an open circle: what masks of two domains share, each made from half of its domain's text",
         r"J_\text{one}": "a mark at the right, the ceiling: what masks from the two halves of one domain's text share. Masks from different texts "
                          "differ even then; two domains can hardly be more alike. Both come from half the text because less text makes a mask "
-                         "noisier: the filled dot, from all the text, lies to the right for that reason alone, and compares with neither"})
+                         "noisier: the filled dot, from all the text, lies to the right for that reason alone, and is not to be compared with these two"})
 
 
 ALIKE = Step(

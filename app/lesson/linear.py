@@ -18,7 +18,7 @@ def linear(run: Run) -> None:
     found, told = job.tensors(run, "layer.safetensors")
     W, H, U, seen, G = (found[name].numpy() for name in ("W", "H", "U", "seen", "G"))
     st.markdown(f"This is `{told['name'].removesuffix('.weight')}`, the first linear of the model: {W.shape[0]} outputs, {W.shape[1]} "
-                f"inputs, {W.size:,} weights. A tile of 32 × 32 of them is shown. Go through the four pictures from left to right.")
+                f"inputs, {W.size:,} weights. A tile of 32 × 32 of them is shown, in four pictures, a to d: go through them in this order.")
     st.markdown("When one weight goes to zero, its output misses that weight times its input. The other weights of the row can make up for a part "
                 "of it, as far as their inputs move together with that one. What no other can make up for is the cost of the weight.")
     view = st.segmented_control("Picture", VIEWS, default=WEIGHTS, key="learn-view", bind="query-params", required=True)
@@ -83,8 +83,8 @@ def linear(run: Run) -> None:
 
 LINEAR = Step(
     "Linear", "What does the removal of one weight cost?", ("layer.safetensors",), linear,
-    "In picture c find an input of which little is its own, and one of which much is. Choose both columns in one row and compare the last "
-    "line of the arithmetic: by what is w² multiplied?",
+    "In picture c find an input of which little is its own, and one of which much is. Choose both columns in one row and compare the third "
+    "line of the arithmetic: w² is multiplied by it. By what do the two costs differ?",
     "Two weights of a row have the same size, and one costs three times the other. What differs?",
     "Their inputs. G is the square of the weight times what is its input's own, 1/U²: an input that is weak, or that other inputs can "
     "stand in for, makes its weights cheap. Magnitude pruning looks at W alone and cannot see this.",

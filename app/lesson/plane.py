@@ -10,7 +10,7 @@ from analysis import figures, overlap, tiles
 from analysis.chart import percent
 from analysis.lesson import prepare
 from analysis.lesson.figures import compact
-from analysis.sparsity import at_least, threshold
+from analysis.sparsity import at_least, threshold, told
 from app import data, widgets
 from app.lesson import job
 from app.lesson.step import Step, formula, mine
@@ -75,10 +75,10 @@ def plane(run: Run) -> None:
              "neither": "neither keeps"}
     st.dataframe(pd.DataFrame({"Region": kept.region.map(words), "Weights": kept.weights,
                                "Share": [percent(w / kept.weights.sum()) for w in kept.weights],
-                               "The dual score keeps, at 50 %": [percent(share) for share in kept.kept_share]}), hide_index=True,
+                               "The dual score keeps, at 50 %": [percent(share) if np.isfinite(share) else "–" for share in kept.kept_share]}), hide_index=True,
                  key="learn-plane-table", column_config={"Weights": st.column_config.NumberColumn(format="localized")})
     counted = overlap.regions(histogram, at_general, at_domain)
-    st.caption(f"The two masks share {percent(counted.jaccard)} of what either keeps (Jaccard); two random masks would share "
+    st.caption(f"The general side removes {told(at_general)}, the domain side {told(at_domain)}. The two masks share {percent(counted.jaccard)} of what either keeps (Jaccard); two random masks would share "
                f"{percent(counted.floor)}. Rank correlation of the two importances: {overlap.spearman(histogram):.2f}.")
     formula(r"\text{rank}_G(w) = \frac{\#\{w' : G(w') < G(w)\}}{n}, \qquad \text{rank}_F(w) = \frac{\#\{w' : F(w') < F(w)\}}{n}", {
         r"\text{rank}_G": "to the right: the share of the matrix's weights that open-domain text needs less",
@@ -94,5 +94,6 @@ PLANE = Step(
     "A quarter in each: 0.5 × 0.5. More in “both” and “neither” means that they agree. The dual score has to decide about the two regions "
     "in which they do not. It is a sum, so a weight that one side needs very much stays, and one that only just passes one threshold may "
     "go: see the last column of the table. Bands of rows are outputs that are needed, or not, as a whole, such as those of one attention "
-    "head. Why do the sides agree so often? Large weights on strong inputs matter to everyone.",
+    "head. That the general side keeps more towards the right has another reason: it judges columns from left to right, and the last ones have "
+    "few others left that could stand in for them (1/U² of step 2). Why do the sides agree so often? Large weights on strong inputs matter to everyone.",
     {"overlap": "The plane of my run, with a brush"})

@@ -21,22 +21,24 @@ from dpruner.store import Run
 
 POWERS = tuple(round(float(np.log10(lam))) for lam in numbers.LAMBDAS)
 LATEX = {
-    "balanced": r"u = g\,w, \qquad S = \frac{u^2}{\overline{u^2}} + \lambda\,\frac{G}{\overline G}",
+    "balanced": r"u = g\,w, \qquad F = u^2, \qquad S = \frac{F}{\bar F} + \lambda\,\frac{G}{\bar G}",
     "taylor": r"g' = g + 2\lambda\alpha^2\,G\,g\,h, \quad h = g^2, \qquad u = g'w, \qquad S = \left|u - \tfrac12u^2\right|",
     "release": r"\hat g = 2^{16}g, \quad g' = \hat g + \lambda\,\tfrac{2\alpha^2}{1000}\,G\,\hat g^2, \qquad u = g'w, \qquad "
                r"S = \left|u + \tfrac{u^2}{2000} + w^3\right|"}
 ABOUT = {
-    "balanced": "Both sides are divided by their mean over the matrix, so λ = 1 gives them equal weight: λ decides much.",
-    "taylor": "The paper's equations. The general side comes in through the gradient, times α² = 0.0009 and times g²: far too small to "
+    "balanced": "It is the default of this program. Both sides are divided by their mean over the matrix, so λ = 1 gives them equal weight: λ decides much.",
+    "taylor": "These are the paper's equations. The general side comes in through the gradient, times α² = 0.0009 and times g²: far too small to "
               "change an order, unless λ is astronomic.",
-    "release": "What the authors' published code adds up. At its own λ = 0.1 the general side is less than a millionth of the gradient: λ is "
+    "release": "It is what the authors' published code adds up. At its own λ = 0.1 the general side is less than a millionth of the gradient: λ is "
                "inert, and the mask is the domain's alone."}
 MORE = {   # symbols that only one formula has
-    "balanced": {r"\overline{u^2},\ \overline G": "the means over the matrix; u² rather than u, because its sign does not matter"},
-    "taylor": {r"\alpha": "0.03, how far a weight is imagined to move", "h": "g² of this sentence; in a run, the mean over all texts",
+    "balanced": {"F": "the square, because the sign of u does not matter; a run takes its mean over many texts",
+                 r"\bar F,\ \bar G": "the means over the matrix"},
+    "taylor": {"g'": "the gradient with the pull of the general side", r"\alpha": "0.03, how far a weight is imagined to move", "h": "g² of this sentence; in a run, the mean over all texts",
                r"u - \tfrac12u^2": "what the loss changes when w goes to zero, to second order: slope times w, and half the curvature, for "
                                   "which the paper takes g², times w²"},
-    "release": {r"\hat g": "the gradient as half-precision training keeps it: times 2¹⁶, lest it vanish", r"\alpha": "0.03",
+    "release": {r"\hat g": "the gradient as half-precision training keeps it: times 2¹⁶, lest it vanish; u grows with it",
+                "g'": "that gradient with the pull of the general side", "w^3": "a third term of the published code", r"\alpha": "0.03",
                 "1000": "texts the code divides by, whatever their number"}}
 NARROW = "\u202f"   # a space at which no line breaks
 COMPARED = {"from_zero": "λ = 0", "from_usual": "the formula's own λ"}
@@ -96,10 +98,10 @@ def sentence(run: Run) -> Callable[[], None] | None:
                            bind="query-params", horizontal=True)
     lam, spelled = 10.0**power, written(power)
     pieces = " · ".join(piece.strip() or "␣" for piece in read.tokens).replace("`", "'")
-    st.markdown(f"Read as {len(read.tokens)} tokens: `{pieces}`.")
+    st.markdown(f"Read as {len(read.tokens)} tokens: `{pieces}`")
     st.caption(f"Mean loss {read.loss:.2f}: to each next token the model gave a chance of "
-               f"e^−{read.loss:.2f}, one in {np.exp(read.loss):,.0f}, in the geometric mean. The formula's own λ is "
-               f"{DEFAULT_LAM[name]:g}. {ABOUT[name]}")
+               f"e^−{read.loss:.2f}, one in {np.exp(read.loss):,.0f}, in the geometric mean.")
+    st.markdown(f"**{name}**, whose own λ is {DEFAULT_LAM[name]:g}. {ABOUT[name]}")
     table = curves(run, read.text)
     tensors, told = job.tensors(run, "layer.safetensors")
     w, g, G = tensors["W"], read.g, tensors["G"]
@@ -192,6 +194,12 @@ def at_lambda(table: pd.DataFrame, name: str, lam: float, against: str) -> tuple
     return "model", int(row[against]), int(row.weights)
 
 
+def small_share(share: float) -> str:
+    """A share as a percentage with two digits that count, however small."""
+    digits = 2 if share == 0 or share >= 1e-4 else 1 - int(np.floor(np.log10(100 * share)))
+    return percent(share, digits).replace(" ", NARROW)
+
+
 def told_counts(place, against: str, here: list[tuple[str, int, int]], model: tuple[str, int, int] | None = None, note: str = "") -> None:
     """How many cells flip in the tile, in the matrix, in the model.
 
@@ -201,7 +209,7 @@ def told_counts(place, against: str, here: list[tuple[str, int, int]], model: tu
         note: what stands in its place.
     """
     lines = [f"| {where} | **{flips:,}** | {of:,} | "
-             f"{percent(flips / of, 2).replace(' ', NARROW) if flips / of >= 1e-4 or not flips else f'{flips / of:.1e}'} |"
+             f"{small_share(flips / of)} |"
              for where, flips, of in [*here, *([model] if model else [])]]
     place.markdown("\n".join([f"Decisions that differ from {COMPARED[against]}:\n", "| in the | differ | of | share |", "|---|--:|--:|--:|",
                               *lines, *([f"| model | | | {note} |"] if note else [])]))
@@ -211,7 +219,7 @@ SENTENCE = Step(
     "Sentence", "What does a sentence need, and what does λ add?", ("layer.safetensors", "sentence.safetensors"), sentence,
     "Move λ through its range with **release**, and watch the table of decisions: at which λ does the first one of the model change? Do the "
     "same with **balanced**, whose λ decides from the start. Then type a sentence of your own.",
-    "The published code has λ = 0.1. How many of the model's decisions does it change here, and why?",
+    "The authors' published code is **release** with λ = 0.1. How many of the model's decisions does it change here, and why?",
     "Next to none: see the ring on the floor of the curve. Its general side is multiplied by 2α²/1000 and comes to less than a millionth of "
     "the gradient it is added to. With scores divided by their means (balanced) λ = 1 changes about a quarter of them, for one sentence; a "
     "run asks many texts of the domain, and λ changes fewer. So do not ask a paper for its λ, but for how many decisions it changes.",

@@ -11,6 +11,7 @@ from analysis.lesson import figures, prepare
 from app import widgets
 from app.lesson import job
 from app.lesson.step import Step, formula
+from dpruner.formulas import DEFAULT_LAM
 from dpruner.masks import make_masks
 from dpruner.store import Run
 
@@ -22,6 +23,13 @@ def written(text: str, prompt: str) -> None:
     st.html(f'<div style="white-space:pre-wrap;overflow-wrap:anywhere;min-height:9em;line-height:1.6"><span '
             f'style="opacity:0.6">{html.escape(prompt)}'
             f"</span>{html.escape(text)}</div>")
+
+
+def surprise(quality: pd.DataFrame) -> str:
+    """A word on the dual mask where it serves the open domain better than the mask made for that."""
+    general, dual = (quality[(quality.method == m) & (quality.text != prepare.DOMAIN)]["value"].iloc[0] for m in ("general", "dpruner"))
+    return (" That the third does better on open-domain text as well is no slip: two sets of texts tell more about the weights than one."
+            if dual < general else "")
 
 
 def why(run: Run) -> None:
@@ -45,9 +53,10 @@ def why(run: Run) -> None:
             for row in quality[quality.method == name].itertuples():
                 st.markdown(f"Perplexity on {row.text} text: **{number(row.value)}** ({number(row.low)} to {number(row.high)})")
     windows = " and ".join(f"{row.n} on {row.text} text" for row in quality[quality.method == "dense"].itertuples())
-    st.caption("**How to read this:** perplexity is how many tokens the model wavers between, as it were, on text it has not seen: lower "
-               f"is better. In brackets the 95 % interval. “Domain” here is {prepare.DOMAIN}. Texts are the most probable continuation, "
-               f"word by word. Measured on few windows of text, so that it is soon done ({windows}): the same as those of the demonstration run.")
+    st.caption("**How to read this:** a perplexity of 150 says that the model is as unsure of the next token as if it chose among 150 "
+               "equally likely ones, on text it has not seen: lower is better. In brackets the 95 % interval. “Domain” here is {prepare.DOMAIN}. Texts are the most probable continuation, "
+               f"word by word. Measured on few windows of text, so that it is soon done ({windows}): the same as those of the demonstration run."
+               + surprise(quality))
     widgets.chart(comparisons.quality(quality.assign(method=quality.method.map(MODELS), domain=f"{prepare.DOMAIN} (where anything is pruned)")),
                   "learn-why-quality")
     formula(r"\text{remove } \lfloor s\cdot n\rceil \text{ of the } n \text{ weights of every matrix: those with the lowest score } S", {
@@ -95,7 +104,7 @@ def fall(run: Run) -> None:
             st.caption("One text is a small sample: it may read better at 70 % than at 60 %. The perplexity below is over many.")
         widgets.chart(figures.fall(rows, share), "learn-fall-curve")
     formula(r"M_{ij} = \begin{cases}1 & S_{ij} > \text{threshold}(s)\\ 0 & \text{otherwise}\end{cases}\qquad W \leftarrow M\odot W", {
-        "s": "the slider", "S": "the dual score of every weight, computed once: another sparsity only moves the threshold",
+        "s": "the slider", "S": f"the dual score of every weight (balanced, λ = {DEFAULT_LAM['balanced']:g}), computed once: another sparsity only moves the threshold",
         "M": "the mask at the left: blue is 1, kept"})
 
 
@@ -134,9 +143,11 @@ def cost(run: Run) -> None:
     st.caption(f"Compression is what zlib leaves of {found['sampled']:.0%} of the weights, measured; “kept weights + packed mask” is "
                "counted.")
     formula(r"y_i = \sum_j W_{ij}\,x_j \qquad\text{costs}\qquad \text{out}\times\text{in multiplications, whether or not } W_{ij}=0", {
+        "x_j,\\ y_i": "inputs and outputs of a linear, in and out of them",
         "W_{ij}": "a zero is a number like any other to a dense matrix product: it is stored, loaded and multiplied",
-        "\\text{bytes}": f"kept weights × 2 ({found['precision']}) + 1 bit for every prunable weight: the bar “kept weights + packed mask”, "
-                         "which takes a format that knows the mask"})
+        })
+    st.caption(f"Bytes of “kept weights + packed mask”: kept weights × 2 ({found['precision']}) + 1 bit for every prunable weight, in a format that "
+               "knows the mask.")
 
 
 COST = Step(
