@@ -55,7 +55,7 @@ class RunConfig:
     sides: bool = setting(True, "also keep what the walk does not need: the ranks of the two sides that dpruner weighs")
     halves: bool = setting(True, "also score two halves of each domain's text: what they share is the ceiling of similarity")
     evaluate: bool = setting(True, "measure perplexity on held-out text")
-    eval_seqlen: int | None = setting(None, "tokens per window of perplexity; default 2,048 or the model's maximum")
+    eval_seqlen: int | None = setting(None, "tokens per window of perplexity; default 2,048, or fewer where the model takes or was trained on fewer")
     eval_documents: int = setting(100, "held-out documents per domain, at most")
     seed: int = setting(0, "of everything that is drawn")
     device: str | None = setting(None, "cpu, cuda, cuda:1, mps; default the best there is")

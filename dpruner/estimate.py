@@ -19,8 +19,8 @@ from dpruner.errors import InputError
 from dpruner.loading import DTYPES, blank_model, is_here, pick_device
 from dpruner.masks import as_rows, ranked
 from dpruner.memory import Plan, parse_size
-from dpruner.model import (count_weights, decoder_blocks, hidden_size, linears_of, max_length, prunable_linears, require_length,
-                           stored_transposed)
+from dpruner.model import (count_weights, decoder_blocks, hidden_size, linears_of, prunable_linears, require_length,
+                           stored_transposed, usual_window)
 from dpruner.walk import TOKENS_PER_PASS
 
 PROGRAM = {"cpu": 380e6, "cuda": 700e6}   # bytes of Python, torch and the text before there is a model; on an accelerator of its context
@@ -142,7 +142,7 @@ def _judging(config: RunConfig, model: nn.Module, item: int, inside: int) -> dic
         return {}
     prunable, _ = count_weights(model)
     widest = max(max(m.weight.shape) for m in prunable_linears(model).values())
-    tokens = max(config.eval_seqlen or min(2048, max_length(model) or 2048), TOKENS_PER_PASS)
+    tokens = max(config.eval_seqlen or usual_window(model), TOKENS_PER_PASS)
     aside = 2 * item if config.compensate or "sparsegpt" in config.methods else config.sparsity * item   # moved weights, and the original ones
     return {"domain scores": inside * 8 * prunable, "masks and weights put aside": inside * (2 + aside) * prunable,
             "evaluation": tokens * (_logits(model.get_input_embeddings().weight.shape[0], item) + 4 * widest * item)}

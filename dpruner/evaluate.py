@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dpruner.errors import InputError
-from dpruner.model import max_length
+from dpruner.model import max_length, usual_window
 from dpruner.partial import NOTHING, Checkpoint
 from dpruner.walk import TOKENS_PER_PASS, Progress, quiet
 
@@ -62,7 +62,7 @@ def perplexity(model: nn.Module, tokenizer, texts: list[str], seqlen: int | None
 
     Args:
         texts: documents; one of fewer than two tokens says nothing and is passed over.
-        seqlen: tokens a window; default 2,048 or the model's maximum.
+        seqlen: tokens a window; default `usual_window`.
         stride: default half the window, at most 512.
         batch_size: windows a forward pass, default as many as make 1,024 tokens; changes the result by rounding only.
         seed: of the bootstrap, which resamples windows.
@@ -108,7 +108,7 @@ def window_losses(model: nn.Module, tokenizer, texts: list[str], seqlen: int | N
         InputError: a window longer than the model allows, or a stride outside 1..seqlen.
     """
     limit = max_length(model)
-    seqlen = min(2048, limit or 2048) if seqlen is None else seqlen
+    seqlen = usual_window(model) if seqlen is None else seqlen
     stride = max(1, min(512, seqlen // 2)) if stride is None else stride
     if not 2 <= seqlen <= (limit or seqlen) or not 1 <= stride <= seqlen:
         allowed = f"2 to {limit}" if limit else "2 or more"

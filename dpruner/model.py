@@ -134,6 +134,13 @@ def max_length(model: nn.Module) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
+def usual_window(model: nn.Module) -> int:
+    """Tokens of a window of perplexity where nobody says another number: 2,048, or fewer where the model takes fewer or, as its config may say
+    by `trained_length`, has never seen as many: beyond them it predicts worse for that reason alone."""
+    known = (max_length(model), getattr(model.config, "trained_length", None))
+    return min([2048, *filter(None, known)])
+
+
 def require_length(model: nn.Module, seqlen: int, setting: str = "seqlen") -> None:
     """Refuse sequences the model has no positions for.
 

@@ -11,9 +11,11 @@ from families import FAMILIES, VOCAB, tiny, tiny_encoder, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5ForConditionalGeneration
 
+from dpruner.calibration import load_texts
 from dpruner.errors import InputError
+from dpruner.evaluate import perplexity
 from dpruner.loading import load_model, stored_precision
-from dpruner.model import count_weights, fingerprint, max_length, prunable_linears, require_length
+from dpruner.model import count_weights, fingerprint, max_length, prunable_linears, require_length, usual_window
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -69,6 +71,17 @@ def test_the_longest_sequence_is_allowed_and_one_token_more_is_not():
     with pytest.raises(InputError, match="eval_seqlen to 128 or less"):
         require_length(model, max_length(model) + 1, "eval_seqlen")
     require_length(tiny("bloom"), 10**6)   # ALiBi has no limit
+
+
+def test_windows_are_no_longer_than_what_the_model_takes_and_has_seen(starter):
+    model = tiny("llama")
+    assert usual_window(model) == max_length(model)
+    model.config.trained_length = 32
+    assert usual_window(model) == 32 and usual_window(tiny("bloom")) == 2048
+    texts = load_texts("healthcare", "heldout")[:2]
+    model, tokenizer = starter
+    whole, seen = (float(perplexity(model, tokenizer, texts, *seqlen)) for seqlen in ((), (256,)))
+    assert whole == seen < 0.9 * float(perplexity(model, tokenizer, texts, max_length(model)))   # the starter beyond what it has seen
 
 
 # ---- what is refused ----

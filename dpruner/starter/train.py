@@ -109,7 +109,7 @@ def new_model(tokenizer, seqlen, hidden_size, blocks, heads, intermediate_size):
     """An untrained Llama with tied embeddings and room for twice the training length."""
     return LlamaForCausalLM(LlamaConfig(
         hidden_size=hidden_size, num_hidden_layers=blocks, intermediate_size=intermediate_size,
-        num_attention_heads=heads, num_key_value_heads=heads, vocab_size=len(tokenizer), max_position_embeddings=2 * seqlen,
+        num_attention_heads=heads, num_key_value_heads=heads, vocab_size=len(tokenizer), max_position_embeddings=2 * seqlen, trained_length=seqlen,
         tie_word_embeddings=True, rms_norm_eps=1e-5,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
 
