@@ -110,7 +110,7 @@ def cell(shape: tuple[int, int]) -> tuple[int, int, tuple[int, int]]:
     found = []
     for place, key, label, size in ((left, "learn-row", "Row (output)", shape[0]), (right, "learn-column", "Column (input)", shape[1])):
         st.session_state[key] = widgets.within(st.session_state.get(key, 0), size)
-        found.append(place.number_input(f"{label}, 0 to {size - 1}", key=key, bind="query-params", help="Or click a cell in the picture."))
+        found.append(place.number_input(f"{label}, 0 to {size - 1}", value=0, key=key, bind="query-params", help="Or click a cell in the picture."))
     row, column = found
     origin = tuple(max(0, min(at // TILE * TILE, size - TILE)) for at, size in zip(found, shape, strict=True))
     return row, column, origin
