@@ -30,11 +30,13 @@ class Plan:
 
     Attributes:
         outside: scores, masks and, on a CPU, the weights live outside the device's memory.
+        offload: on an accelerator, the weights of blocks too: each visits the device while it computes, and a second time for backward.
         checkpointing: a pass with gradients keeps the input of each block only, and computes the rest of it a second time.
         passes: over the calibration, each with gradients of a part of the weights.
     """
 
     outside: bool = False
+    offload: bool = False
     checkpointing: bool = False
     passes: int = 1
 
@@ -101,7 +103,12 @@ def _file(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _lives_outside(tensor: torch.Tensor) -> bool:
-    return _folder is not None and tensor.numel() * tensor.element_size() >= max(SMALLEST, 1)
+    return _folder is not None and is_large(tensor)
+
+
+def is_large(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is worth a way out of a device's memory."""
+    return tensor.numel() * tensor.element_size() >= max(SMALLEST, 1)
 
 
 def zeros(like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -132,7 +139,7 @@ def kept(tensor: torch.Tensor) -> torch.Tensor:
 
 def holds_weights(device: torch.device) -> bool:
     """Whether the weights of a model on this device are to live outside too."""
-    return _folder is not None and device.type == "cpu"
+    return _folder is not None and (device.type == "cpu" or _plan.offload)
 
 
 def settle(model: nn.Module, dtype: torch.dtype, like: nn.Module) -> None:

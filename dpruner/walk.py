@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as again
 
-from dpruner import distributed, memory
+from dpruner import distributed, memory, offload
 from dpruner.hessian import Hessian
 from dpruner.masks import as_rows, precise
 from dpruner.model import decoder_blocks, linears_of, require_batches, stored_transposed
@@ -137,7 +137,7 @@ def block_calls(model: nn.Module, blocks: nn.ModuleList, batches: list[torch.Ten
 def run_block(block: nn.Module, hidden: torch.Tensor, call: tuple[tuple, dict]) -> torch.Tensor:
     """One block on one batch: hidden states (b, seqlen, hidden) to hidden states of the same shape."""
     args, kwargs = call
-    hidden = hidden.to(next(block.parameters()).device)   # they may have waited outside it
+    hidden = hidden.to(offload.computes_on(next(block.parameters())))   # they may have waited outside it
     if args:
         return first(block(hidden, *args[1:], **kwargs))
     return first(block(**{**kwargs, "hidden_states": hidden}))
@@ -238,7 +238,7 @@ def _walk(model, calibrations, visit, results, update, stage, progress, checkpoi
         hessians = [_collect(block, linears, hidden, calls[index], keep_output=not update) for hidden, calls in sets]
         with _original_weights(linears) if update else contextlib.nullcontext():
             for names in sorted(set().union(*distributed.gathered({names for found in hessians for names in found}))):
-                rows = {n: precise(as_rows(linears[n].weight.detach(), stored_transposed(linears[n]))).clone() for n in names}
+                rows = {n: _rows_of(linears[n]) for n in names}
                 like = rows[names[0]]
                 of_sets = [distributed.add_up((found.get(names) or Hessian(like.shape[1])).to(like)) for found in hessians]
                 new = visit(rows, of_sets) if visit else rows
@@ -254,6 +254,12 @@ def _walk(model, calibrations, visit, results, update, stage, progress, checkpoi
         checkpoint.offer(index + 1, lambda: {_HIDDEN.format(k, j): x for k, (hidden, _) in enumerate(sets) for j, x in enumerate(hidden)},
                          {f"{what} {n}": found[n] for what, found in results.items() for n in linears})
     progress(stage, len(blocks), len(blocks))
+
+
+def _rows_of(linear: nn.Module) -> torch.Tensor:
+    """A copy of a linear's weight (out, in) where it is used, in the precision of scores."""
+    weight = linear.weight.detach()
+    return precise(as_rows(weight.to(offload.computes_on(linear.weight), copy=True), stored_transposed(linear)))
 
 
 _HIDDEN = "hidden {} {}"   # set, batch
