@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+import psutil
 import torch
 from torch import nn
 
@@ -85,6 +86,17 @@ def give_back_at_once() -> None:
     with contextlib.suppress(OSError, AttributeError):   # other systems have other libraries
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
+
+
+def available_memory(device: str) -> int:
+    """Bytes that are free on a device now, within the limit of a container where there is one."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):   # "max" where the container has no limit of its own
+        group = Path("/sys/fs/cgroup")
+        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return free
 
 
 def _file(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:

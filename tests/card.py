@@ -87,33 +87,30 @@ def computed(func, args, kwargs):
     flat, spec = tree_flatten((args, kwargs))
     there = [t for t in flat if isinstance(t, OnCard)]
     here = [t for t in flat if isinstance(t, torch.Tensor) and not isinstance(t, OnCard)]
-    if there and func not in CROSSES and any(t.ndim for t in here) and "index" not in str(func):
+    target = next((d for d in flat if isinstance(d, torch.device)), None)
+    if there and any(t.ndim for t in here) and func not in CROSSES and "index" not in str(func):
         raise RuntimeError(f"Expected all tensors to be on the same device, {func}: {[tuple(t.shape) for t in here]} on the host")
-    target = kwargs.get("device")
-    args, kwargs = tree_unflatten([t.values if isinstance(t, OnCard) else t for t in flat], spec)
-    if target is not None:
-        kwargs = {**kwargs, "device": torch.device("cpu")}
-    if kwargs.get("pin_memory"):
-        kwargs = {**kwargs, "pin_memory": False}
+    args, kwargs = tree_unflatten([_on_host(one) for one in flat], spec)
     result = func(*args, **kwargs)
-    onto = torch.device(target).type == DEVICE.type if target is not None else bool(there)
-    if func in (torch.ops.aten.copy_.default,):
-        return flat[0]
-    same = {id(t.values): t for t in there}
-    if func is torch.ops.aten._to_copy.default and target is not None and any(result is t for t in here):
-        result = result.clone()
-    return tree_map_only(torch.Tensor, lambda t: same.get(id(t)) if id(t) in same else OnCard(t) if onto else t, result)
+    known = {id(t.values): t for t in there}   # what an operation in place gives back
+    known |= {id(t): t for t in here} if target is None or target.type != DEVICE.type else {}
+    onto = target.type == DEVICE.type if target is not None else bool(there)
+    return tree_map_only(torch.Tensor, lambda t: known[id(t)] if id(t) in known and (onto or target is None) else OnCard(t) if onto else t, result)
+
+
+def _on_host(one):
+    """What takes the place of a tensor on the card, or of its name."""
+    return one.values if isinstance(one, OnCard) else torch.device("cpu") if isinstance(one, torch.device) else one
 
 
 class Present(TorchDispatchMode):
     """While on, what is made on `cuda` or sent there is made on the card."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        device = kwargs.get("device")
-        if device is not None and torch.device(device).type == DEVICE.type or any(isinstance(t, OnCard) for t in tree_flatten((args, kwargs))[0]):
-            return computed(func, args, kwargs)
-        return func(*args, **kwargs)
+        flat, _ = tree_flatten((args, kwargs))
+        if any(isinstance(one, OnCard) or isinstance(one, torch.device) and one.type == DEVICE.type for one in flat):
+            return computed(func, args, kwargs or {})
+        return func(*args, **kwargs or {})
 
 
 @contextlib.contextmanager
@@ -121,8 +118,13 @@ def present():
     """A new card, free of anything."""
     global card
     card = Card()
-    with Present():
-        yield card
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)   # a module sent to it keeps which of its weights are one
+    try:
+        with Present():
+            yield card
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
 
 
 @torch.library.impl("aten::empty_strided", "privateuseone")
