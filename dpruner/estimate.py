@@ -29,6 +29,7 @@ START = 5.0             # seconds until a process has imported everything
 LOADING = 0.4e9         # bytes a second: read, checked for NaN and fingerprinted
 EFFICIENCY = 0.38       # share of a bare matrix product's speed that passes through a model reach
 HUB_CHARACTERS = 2000   # of a document nobody has downloaded yet
+LOGITS = 12             # bytes for each word of the vocabulary and token: as they come, in a row, as log-probabilities; shorter ones in float32 too
 PASSES = (1, 2, 4, 8, 16, 32)   # over the calibration
 SCORES = {"balanced": 4, "taylor": 12, "release": 8}   # bytes per prunable weight that a domain pass adds to
 
@@ -147,7 +148,7 @@ def _domain_pass(config: RunConfig, model: nn.Module, item: int, plan: Plan, kin
     if config.finetune:
         tokens, largest = min(8, config.nsamples) * min(config.seqlen, 1024), max(largest, vocabulary * hidden)
         found["copy of the weights"] = total * item if kind == "cpu" and not files else 0
-    return found | {"gradients and activations": largest * (item + 4) + tokens * int(1.2 * per_token + _logits(vocabulary, item))}
+    return found | {"gradients and activations": largest * (item + 4) + tokens * int(1.2 * per_token + LOGITS * vocabulary)}
 
 
 def _judging(config: RunConfig, model: nn.Module, item: int, inside: int) -> dict[str, float]:
@@ -159,12 +160,7 @@ def _judging(config: RunConfig, model: nn.Module, item: int, inside: int) -> dic
     tokens = max(config.eval_seqlen or usual_window(model), TOKENS_PER_PASS)
     aside = 2 * item if config.compensate or "sparsegpt" in config.methods else config.sparsity * item   # moved weights, and the original ones
     return {"domain scores": inside * 8 * prunable, "masks and weights put aside": inside * (2 + aside) * prunable,
-            "evaluation": tokens * (_logits(model.get_input_embeddings().weight.shape[0], item) + 4 * widest * item)}
-
-
-def _logits(vocabulary: int, item: int) -> int:
-    """Bytes a token: as the model gives them, and in float32 as they are, as log-probabilities, and once more."""
-    return vocabulary * (2 * item + 8)
+            "evaluation": tokens * (LOGITS * model.get_input_embeddings().weight.shape[0] + 4 * widest * item)}
 
 
 def choose(config: RunConfig, model: nn.Module, device: str, allowance: int) -> Plan:

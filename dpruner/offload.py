@@ -38,7 +38,9 @@ def offload(model: nn.Module, device: torch.device) -> nn.Module:
         device: the accelerator.
     """
     blocks = decoder_blocks(model)[1]
-    waiting = {id(p): p for p in blocks.parameters() if memory.is_large(p)}
+    inside = {id(module) for module in blocks.modules()}
+    shared = {id(p) for module in model.modules() if id(module) not in inside for p in module.parameters(recurse=False)}   # with embeddings, say
+    waiting = {id(p): p for p in blocks.parameters() if memory.is_large(p) and id(p) not in shared}
     model._apply(lambda t: t if id(t) in waiting else t.to(device))
     size = sum(p.numel() * p.element_size() for p in waiting.values())
     pinned = torch.cuda.is_available() and psutil.virtual_memory().available > 2 * size   # torch rounds each up to a power of two
@@ -100,16 +102,24 @@ class _Original(nn.Module):
 
 
 def _visited(block: nn.Module, device: torch.device) -> Callable:
-    """A block's forward with its weights on the device; for backward it keeps its input only."""
+    """A block's forward with its weights on the device."""
     original = _Original(block)
 
     def compute(*args, **kwargs):
         visitors = {n: _Visit.apply(p, device) for n, p in original.named_parameters() if p in _visits or p.device != device}   # adapters come and go
         return functional_call(original, visitors, args, kwargs)
 
-    def forward(*args, **kwargs):
-        if torch.is_grad_enabled():
-            return again(compute, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-        return compute(*args, **kwargs)
+    return computed_twice(compute)
 
-    return forward
+
+def computed_twice(forward: Callable) -> Callable:
+    """A forward that keeps nothing but its input for backward, and runs a second time when that reaches it.
+
+    Not transformers' own: that one asks for training mode, in which some models drop out.
+    """
+    def run(*args, **kwargs):
+        if torch.is_grad_enabled():
+            return again(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return forward(*args, **kwargs)
+
+    return run

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint as again
 
 from dpruner import distributed, memory, offload
 from dpruner.hessian import Hessian
@@ -92,14 +91,8 @@ def _passing_through(blocks: nn.ModuleList, recorder: Recorder):
 
 @contextlib.contextmanager
 def checkpointing(blocks: nn.ModuleList) -> Iterator[None]:
-    """While open, and where the memory's plan says so, blocks keep nothing but their inputs for backward, and run a second time when it reaches them.
-
-    The same bits in less memory. Not transformers' own: that one asks for training mode, in which some models drop out.
-    """
-    def twice(index, original):
-        return lambda *args, **kwargs: again(original, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-    with _forwards(blocks, twice) if memory.plan().checkpointing else contextlib.nullcontext():
+    """While open, and where the memory's plan says so, blocks are computed twice where there is a backward pass: the same bits in less memory."""
+    with _forwards(blocks, lambda index, original: offload.computed_twice(original)) if memory.plan().checkpointing else contextlib.nullcontext():
         yield
 
 
