@@ -19,8 +19,9 @@ from dpruner.formulas import FORMULAS
 from dpruner.loading import DTYPES, blank_model, is_here, pick_device
 from dpruner.masks import as_rows, ranked
 from dpruner.memory import Plan, available_memory, parse_size
-from dpruner.model import (count_weights, decoder_blocks, hidden_size, linears_of, prunable_linears, require_length,
-                           stored_transposed, usual_window)
+from dpruner.memory import Plan, available_memory, parse_size
+from dpruner.model import (count_weights, decoder_blocks, hidden_size, prunable_linears, require_length, stored_transposed,
+                           usual_window)
 from dpruner.walk import TOKENS_PER_PASS
 
 PROGRAM = {"cpu": 380e6, "cuda": 700e6}   # bytes of Python, torch and the text before there is a model; on an accelerator of its context
@@ -94,10 +95,10 @@ def _on_device(model: nn.Module, plan: Plan, kind: str) -> int:
 
 def _walks(config: RunConfig, model: nn.Module, item: int, inside: int, plan: Plan, kind: str) -> list[dict[str, float]]:
     """Of general importance, and of a compensation where there is one."""
-    blocks = decoder_blocks(model)[1]
     prunable, _ = count_weights(model)
-    block = max(sum(m.weight.numel() for m in linears_of(model, b).values()) for b in blocks)
-    groups = max((_groups(model, b) for b in blocks), key=lambda found: sum(n * n for n, _ in found))
+    blocks = _linears_by_block(model)
+    block = max(sum(m.weight.numel() for m in linears.values()) for linears in blocks)
+    groups = max(map(_groups, blocks), key=lambda found: sum(n * n for n, _ in found))
     text = inside * config.nsamples * config.seqlen * hidden_size(model) * item
     tokens = max(config.seqlen, TOKENS_PER_PASS)
 
@@ -122,10 +123,19 @@ def _walks(config: RunConfig, model: nn.Module, item: int, inside: int, plan: Pl
     return found
 
 
-def _groups(model: nn.Module, block: nn.Module) -> list[tuple[int, int]]:
+def _linears_by_block(model: nn.Module) -> list[dict[str, nn.Module]]:
+    """The prunable linears of each block that has any."""
+    prefix, _ = decoder_blocks(model)
+    found: dict[str, dict[str, nn.Module]] = {}
+    for name, m in prunable_linears(model).items():
+        found.setdefault(name.removeprefix(f"{prefix}.").partition(".")[0], {})[name] = m
+    return list(found.values())
+
+
+def _groups(linears: Mapping[str, nn.Module]) -> list[tuple[int, int]]:
     """(width, outputs) of the linears of a block that may share an input: those of one module with one width."""
     found: Counter[tuple[str, int]] = Counter()
-    for name, m in linears_of(model, block).items():
+    for name, m in linears.items():
         out, width = as_rows(m.weight, stored_transposed(m)).shape
         found[name.rsplit(".", 2)[0], width] += out
     return [(width, outputs) for (_, width), outputs in found.items()]

@@ -172,7 +172,7 @@ SPARING = Plan(outside=True, offload=True, passes=4)
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_ends_with_the_same_bits_in_the_memory_that_was_told(name, on_card, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "SMALLEST", 4096)
-    save(LlamaForCausalLM(LlamaConfig(hidden_size=96, num_hidden_layers=6, intermediate_size=256, num_attention_heads=4, num_key_value_heads=4,
+    save(LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=6, intermediate_size=172, num_attention_heads=4, num_key_value_heads=4,
                                       vocab_size=97)), tmp_path / "model")
     config = RunConfig(model=str(tmp_path / "model"), domains=("legal",), **SMALL | {"dtype": "float32", "seqlen": 32, "halves": False, "nsamples": 2, "evaluate": False} | RUNS[name])
     runs, peaks = [], []
