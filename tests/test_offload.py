@@ -7,7 +7,7 @@ import weakref
 import card
 import pytest
 import torch
-from conftest import SMALL, save
+from conftest import save
 from families import FAMILIES, tiny, tiny_batches, tiny_tokenizer
 from test_resume import content
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -174,7 +174,7 @@ def test_a_run_ends_with_the_same_bits_in_the_memory_that_was_told(name, on_card
     monkeypatch.setattr(memory, "SMALLEST", 4096)
     save(LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=6, intermediate_size=172, num_attention_heads=4, num_key_value_heads=4,
                                       vocab_size=97)), tmp_path / "model")
-    config = RunConfig(model=str(tmp_path / "model"), domains=("legal",), **SMALL | {"dtype": "float32", "seqlen": 32, "halves": False, "nsamples": 2, "evaluate": False} | RUNS[name])
+    config = RunConfig(model=str(tmp_path / "model"), domains=("legal",), dtype="float32", nsamples=2, seqlen=32, halves=False, evaluate=False, **RUNS[name])
     runs, peaks = [], []
     for plan in (Plan(), SPARING):
         monkeypatch.setattr(estimate, "plan_of", lambda config, plan=plan: plan)
