@@ -19,7 +19,6 @@ from dpruner.formulas import FORMULAS
 from dpruner.loading import DTYPES, blank_model, is_here, pick_device
 from dpruner.masks import as_rows, ranked
 from dpruner.memory import Plan, available_memory, parse_size
-from dpruner.memory import Plan, available_memory, parse_size
 from dpruner.model import (count_weights, decoder_blocks, hidden_size, prunable_linears, require_length, stored_transposed,
                            usual_window)
 from dpruner.walk import TOKENS_PER_PASS
