@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: setup app demo test bench load evidence results screenshots clean
+.PHONY: setup app demo test hostile bench load evidence results screenshots clean
 .DEFAULT_GOAL = app
 
 setup: .venv/ready
@@ -22,6 +22,10 @@ demo: setup
 # two at a time, each on one thread: threads of two processes would wait for each other
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# ten thousand random configurations and command lines, others every time
+hostile: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_hostile.py --hypothesis-profile hostile
 
 bench: setup
 	PYTHONPATH=. $(BIN)/python tests/bench.py

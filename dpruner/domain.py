@@ -1,6 +1,7 @@
 """Domain importance: one forward and one backward pass per batch, each gradient consumed as it appears (METHOD sections 3 and 4)."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dpruner import distributed, memory
+from dpruner import distributed, memory, offload
 from dpruner.errors import InputError
 from dpruner.formulas import DEFAULT_LAM, FORMULAS, Fisher, balanced, relative_
 from dpruner.masks import Scores, precise
@@ -65,18 +66,12 @@ def consumed_gradients(parameters: Mapping[str, nn.Parameter], consume: Callable
 
     `requires_grad` is as before on exit.
     """
-    def hook(name):
-        def take(p):
-            g, p.grad = p.grad, None
-            consume(name, g)
-        return take
-
     before = {n: p.requires_grad for n, p in parameters.items()}
     handles = []
     try:
         for name, p in parameters.items():
             p.requires_grad_(True)
-            handles.append(p.register_post_accumulate_grad_hook(hook(name)))
+            handles.append(offload.taken(p, functools.partial(consume, name)))
         yield
     finally:
         for handle in handles:
@@ -212,19 +207,19 @@ def _tune_and_stream(model, batches, consume, tune: FineTune, *, stage, progress
         start, losses = _continued(checkpoint, state)
         for step, ids in enumerate(batches[start:], start):
             progress(stage, step, len(batches))
-            squares = []
+            squares = {}
 
             def measure(name, g):
-                squares.append((precise(g).norm() / scale).square())
+                squares[name] = (precise(g).norm() / scale).square()
                 if name in prunable:
                     take(name, g)
 
             ids = ids.to(model.device)
             with consumed_gradients(trainable, measure):
                 losses.append(_backward(model, ids, step + 1))
-            norm = torch.stack(squares).sum().sqrt().item()
+            norm = torch.stack([squares[n] for n in trainable if n in squares]).sum().sqrt().item()   # in an order that no backward pass decides
             shrink = tune.rate(step, len(batches)) * min(1.0, tune.clip / (norm + 1e-6)) / scale
-            with consumed_gradients(trainable, lambda name, g: trainable[name].data.add_(g, alpha=-shrink)):
+            with consumed_gradients(trainable, lambda name, g: trainable[name].data.add_(g.to(trainable[name].device), alpha=-shrink)):
                 _backward(model, ids, step + 1)
             checkpoint.offer(step + 1, lambda: _with_losses(state, losses))
         progress(stage, len(batches), len(batches))
@@ -301,10 +296,12 @@ def score_batches(model: nn.Module, batches: list[torch.Tensor], names: Collecti
         with distributed.announced(model, _share_batches, batches=batches, names=names, formula=formula, lam=lam, alpha=alpha):
             return _share_batches(model, batches, names, formula, lam, alpha, G, stage, progress)
     linears = prunable_linears(model)
-    sums = {n: formula(linears[n].weight.data, G and G[n].to(linears[n].weight.device), lam, alpha) for n in names}
+    # where the gradients are; tuned weights are looked at where they are tuned
+    weights = {n: linears[n].weight.data if finetune else linears[n].weight.data.to(offload.computes_on(linears[n].weight)) for n in names}
+    sums = {n: formula(w, G and G[n].to(w.device), lam, alpha) for n, w in weights.items()}
 
     def consume(name, g, part):
-        sums[name].add(g, part)
+        sums[name].add(g.to(weights[name].device), part)
 
     watched["sums"] = {f"{what} {n}": total for n, s in sums.items() for what, total in s.sums.items()}
     losses = _tune_and_stream(model, batches, consume, finetune, **watched) if finetune else stream_gradients(model, batches, consume, names=names, **watched)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from torch import nn
 
@@ -16,11 +15,12 @@ from dpruner import distributed, pipeline
 from dpruner.calibration import CATALOGUE, load_texts
 from dpruner.config import RunConfig, split_domain
 from dpruner.errors import InputError
+from dpruner.formulas import FORMULAS
 from dpruner.loading import DTYPES, blank_model, is_here, pick_device
 from dpruner.masks import as_rows, ranked
-from dpruner.memory import Plan, parse_size
-from dpruner.model import (count_weights, decoder_blocks, hidden_size, linears_of, prunable_linears, require_length,
-                           stored_transposed, usual_window)
+from dpruner.memory import Plan, available_memory, parse_size
+from dpruner.model import (count_weights, decoder_blocks, hidden_size, prunable_linears, require_length, stored_transposed,
+                           usual_window)
 from dpruner.walk import TOKENS_PER_PASS
 
 PROGRAM = {"cpu": 380e6, "cuda": 700e6}   # bytes of Python, torch and the text before there is a model; on an accelerator of its context
@@ -29,8 +29,9 @@ START = 5.0             # seconds until a process has imported everything
 LOADING = 0.4e9         # bytes a second: read, checked for NaN and fingerprinted
 EFFICIENCY = 0.38       # share of a bare matrix product's speed that passes through a model reach
 HUB_CHARACTERS = 2000   # of a document nobody has downloaded yet
-PASSES = (1, 2, 4, 8, 16)   # over the calibration
-SCORES = {"balanced": 8, "taylor": 12, "release": 8}   # bytes of scores per prunable weight at the end of a domain pass, G apart
+LOGITS = 12             # bytes for each word of the vocabulary and token: as they come, in a row, as log-probabilities; shorter ones in float32 too
+PASSES = (1, 2, 4, 8, 16, 32)   # over the calibration
+SCORES = {"balanced": 4, "taylor": 12, "release": 8}   # bytes per prunable weight that a domain pass adds to
 
 
 def precision(config: RunConfig, model: nn.Module, device: str) -> torch.dtype:
@@ -70,24 +71,33 @@ def peak_memory(config: RunConfig, model: nn.Module, device: str, plan: Plan | N
     prunable, total = count_weights(model)
     item = precision(config, model, device).itemsize
     inside = 0 if plan.outside else 1   # of what is as large as the model, how often it is there
-    weights = 0 if files else total * item
+    weights = 0 if files else _on_device(model, plan, kind) * item
     always = {"weights": weights, "general importance": 4 * prunable * inside}
     scoring = _domain_pass(config, model, item, plan, kind)
     if kind == "cpu" and config.general_mode == "static" and not config.finetune and _stored(model).itemsize == item:
         scoring["weights"] = 0   # nothing has changed them yet: they are still pages of their file
-    stages = _walks(config, model, item, inside) + [scoring, _judging(config, model, item, inside)]
+    stages = _walks(config, model, item, inside, plan, kind) + [scoring, _judging(config, model, item, inside)]
     largest = max(m.weight.numel() for m in prunable_linears(model).values())
     stages.append({"domain scores": 8 * prunable * inside, "ranks": prunable * inside, "ranking of one matrix": 32 * largest})
     worst = max((always | parts for parts in stages), key=lambda parts: sum(parts.values()))
     return {"program": round(PROGRAM.get(kind, 0)), **{what: round(SPARE * size) for what, size in worst.items() if size}}
 
 
-def _walks(config: RunConfig, model: nn.Module, item: int, inside: int) -> list[dict[str, float]]:
+def _on_device(model: nn.Module, plan: Plan, kind: str) -> int:
+    """How many weights are on the device at once: all, or those outside blocks and a block's that visits."""
+    _, total = count_weights(model)
+    if not plan.offload or kind == "cpu":
+        return total
+    blocks = [sum(p.numel() for p in block.parameters()) for block in decoder_blocks(model)[1]]
+    return total - sum(blocks) + max(blocks)
+
+
+def _walks(config: RunConfig, model: nn.Module, item: int, inside: int, plan: Plan, kind: str) -> list[dict[str, float]]:
     """Of general importance, and of a compensation where there is one."""
-    blocks = decoder_blocks(model)[1]
     prunable, _ = count_weights(model)
-    block = max(sum(m.weight.numel() for m in linears_of(model, b).values()) for b in blocks)
-    groups = max((_groups(model, b) for b in blocks), key=lambda found: sum(n * n for n, _ in found))
+    blocks = _linears_by_block(model)
+    block = max(sum(m.weight.numel() for m in linears.values()) for linears in blocks)
+    groups = max(map(_groups, blocks), key=lambda found: sum(n * n for n, _ in found))
     text = inside * config.nsamples * config.seqlen * hidden_size(model) * item
     tokens = max(config.seqlen, TOKENS_PER_PASS)
 
@@ -95,7 +105,9 @@ def _walks(config: RunConfig, model: nn.Module, item: int, inside: int) -> list[
         # of the linears that share an input: float32 copies, stacked ones, transposed ones; the factor of H in float64; then what `refine` steps with
         swept = 0 if static else 46 if refined else 18
         at_work = max(max(8 * n * out + 40 * n * n, swept * n * out + 16 * n * n) for n, out in groups)
-        return {"one block": (0 if static else item * block) + at_work + tokens * sum(n for n, _ in groups) * item, "Hessians": sets * sum(8 * n * n for n, _ in groups),
+        text_inside = tokens * sum(n for n, _ in groups) * item   # gone before the first sweep, which an accelerator's allocator makes use of
+        at_work = at_work + text_inside if kind == "cpu" else max(at_work, text_inside)
+        return {"one block": (0 if static or plan.offload else item * block) + at_work, "Hessians": sets * sum(8 * n * n for n, _ in groups),
                 "texts inside the model": sets * text}
 
     found = [walk(1, False, config.general_mode == "static")]
@@ -110,10 +122,19 @@ def _walks(config: RunConfig, model: nn.Module, item: int, inside: int) -> list[
     return found
 
 
-def _groups(model: nn.Module, block: nn.Module) -> list[tuple[int, int]]:
+def _linears_by_block(model: nn.Module) -> list[dict[str, nn.Module]]:
+    """The prunable linears of each block that has any."""
+    prefix, _ = decoder_blocks(model)
+    found: dict[str, dict[str, nn.Module]] = {}
+    for name, m in prunable_linears(model).items():
+        found.setdefault(name.removeprefix(f"{prefix}.").partition(".")[0], {})[name] = m
+    return list(found.values())
+
+
+def _groups(linears: Mapping[str, nn.Module]) -> list[tuple[int, int]]:
     """(width, outputs) of the linears of a block that may share an input: those of one module with one width."""
     found: Counter[tuple[str, int]] = Counter()
-    for name, m in linears_of(model, block).items():
+    for name, m in linears.items():
         out, width = as_rows(m.weight, stored_transposed(m)).shape
         found[name.rsplit(".", 2)[0], width] += out
     return [(width, outputs) for (_, width), outputs in found.items()]
@@ -125,15 +146,18 @@ def _domain_pass(config: RunConfig, model: nn.Module, item: int, plan: Plan, kin
     shapes, blocks = [tuple(m.weight.shape) for m in prunable_linears(model).values()], decoder_blocks(model)[1]
     vocabulary, hidden = model.get_input_embeddings().weight.shape
     per_token = sum(map(sum, shapes)) * item + hidden * 4 * len(blocks)   # in- and outputs of linears
-    if plan.checkpointing:
+    if plan.checkpointing or plan.offload:
         per_token = per_token / len(blocks) + hidden * item * len(blocks)
-    in_pass = 0 if files else prunable if not plan.outside else prunable / plan.passes
-    found = {"domain scores": SCORES[config.formula] * in_pass, "general importance of a part": 4 * in_pass if plan.outside else 0}
+    # those of a tuned model are added to where its weights are; without a limit the dual scores of "balanced" are made beside the domain's
+    in_pass = 0 if files or plan.offload and config.finetune else prunable / (1 if config.finetune else plan.passes)
+    found = {"domain scores": (SCORES[config.formula] + (4 if config.formula == "balanced" and not plan.outside else 0)) * in_pass,
+             "general importance of a part": 4 * in_pass if plan.outside and FORMULAS[config.formula].regards_general else 0,
+             "weights of a part": item * in_pass if plan.offload else 0}
     tokens, largest = config.seqlen, max(a * b for a, b in shapes)
     if config.finetune:
         tokens, largest = min(8, config.nsamples) * min(config.seqlen, 1024), max(largest, vocabulary * hidden)
         found["copy of the weights"] = total * item if kind == "cpu" and not files else 0
-    return found | {"gradients and activations": largest * (item + 4) + tokens * int(1.2 * per_token + _logits(vocabulary, item))}
+    return found | {"gradients and activations": largest * (item + 4) + tokens * int(1.2 * per_token + LOGITS * vocabulary)}
 
 
 def _judging(config: RunConfig, model: nn.Module, item: int, inside: int) -> dict[str, float]:
@@ -145,20 +169,17 @@ def _judging(config: RunConfig, model: nn.Module, item: int, inside: int) -> dic
     tokens = max(config.eval_seqlen or usual_window(model), TOKENS_PER_PASS)
     aside = 2 * item if config.compensate or "sparsegpt" in config.methods else config.sparsity * item   # moved weights, and the original ones
     return {"domain scores": inside * 8 * prunable, "masks and weights put aside": inside * (2 + aside) * prunable,
-            "evaluation": tokens * (_logits(model.get_input_embeddings().weight.shape[0], item) + 4 * widest * item)}
-
-
-def _logits(vocabulary: int, item: int) -> int:
-    """Bytes a token: as the model gives them, and in float32 as they are, as log-probabilities, and once more."""
-    return vocabulary * (2 * item + 8)
+            "evaluation": tokens * (LOGITS * model.get_input_embeddings().weight.shape[0] + 4 * widest * item)}
 
 
 def choose(config: RunConfig, model: nn.Module, device: str, allowance: int) -> Plan:
     """The plan that changes least of those that keep to so many bytes; where none does, the most sparing one."""
     if distributed.several():
         return Plan()   # what they do together is laid out in another way
-    outside = [Plan(outside=True, passes=passes) for passes in ((1,) if torch.device(device).type == "cpu" else PASSES)]
+    accelerator = torch.device(device).type != "cpu"
+    outside = [Plan(outside=True, passes=passes) for passes in (PASSES if accelerator else (1,))]
     plans = [Plan(), *outside, *(dataclasses.replace(plan, checkpointing=True) for plan in outside)]
+    plans += [dataclasses.replace(plan, offload=True) for plan in outside if accelerator]   # which computes blocks twice by itself
     return next((p for p in plans if sum(peak_memory(config, model, device, p).values()) <= allowance), plans[-1])
 
 
@@ -300,17 +321,6 @@ def seconds(config: RunConfig, model: nn.Module, texts: Outline, speed: Speed, d
     handled = (ranks + masks / 2) * prunable / speed.sorted
     loading = START + total * precision(config, model, device).itemsize / LOADING
     return loading + passes * 2 * (prunable + vocabulary * hidden) / (EFFICIENCY * speed.flops) + handled
-
-
-def available_memory(device: str) -> int:
-    """Bytes that are free on a device now, within the limit of a container where there is one."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError):   # "max" where the container has no limit of its own
-        group = Path("/sys/fs/cgroup")
-        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return free
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
-from dpruner import hub, memory, starter
+from dpruner import distributed, hub, memory, offload, starter
 from dpruner.errors import InputError
 from dpruner.model import prunable_linears, require_causal, require_finite
 
 STARTER = "starter"
 MOST_BLOCKS = 10_000
+ROOM = 1.2   # of the weights of a model: what it needs at least to compute
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}   # as safetensors calls them
 
@@ -54,7 +55,8 @@ def pick_device(device: str | None = None) -> torch.device:
     return found
 
 
-def load_model(name: str = STARTER, *, revision: str | None = None, device: str | None = None, dtype: str | torch.dtype | None = None):
+def load_model(name: str = STARTER, *, revision: str | None = None, device: str | None = None, dtype: str | torch.dtype | None = None,
+               most: int | None = None):
     """Load a causal decoder and its tokenizer, ready for scoring.
 
     Args:
@@ -62,6 +64,8 @@ def load_model(name: str = STARTER, *, revision: str | None = None, device: str 
         revision: branch, tag or commit of a hub id; pin a commit to repeat a result.
         device: "cpu", "cuda", "cuda:1", "mps"; default the best there is.
         dtype: "float32", "bfloat16", "float16"; default float32 on the CPU and the stored precision on an accelerator.
+        most: bytes that weights may take on an accelerator, default what is free there; where they are more, those of blocks wait on the host and
+            visit it when their block computes, with the same results.
 
     Returns:
         (model in eval mode, tokenizer).
@@ -90,7 +94,7 @@ def load_model(name: str = STARTER, *, revision: str | None = None, device: str 
     if outside:
         dtype = model.dtype if dtype == "auto" else dtype
         memory.settle(model, dtype, _on_meta(config, dtype))
-    model.to(device).eval()
+    (offload.offload(model, device) if _is_too_large(model, device, most) else model.to(device)).eval()
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         raise InputError(f"The model {name!r} does not fit its tokenizer",
                          f"the tokenizer knows {len(tokenizer)} tokens and the model {model.get_input_embeddings().weight.shape[0]}",
@@ -99,6 +103,14 @@ def load_model(name: str = STARTER, *, revision: str | None = None, device: str 
     require_finite(model)
     require_causal(model)
     return model, tokenizer
+
+
+def _is_too_large(model: nn.Module, device: torch.device, most: int | None) -> bool:
+    """Whether an accelerator has no room for the weights of a model."""
+    if device.type == "cpu" or distributed.several():
+        return False
+    size = ROOM * sum(p.numel() * p.element_size() for p in model.parameters())
+    return memory.plan().offload or size > (memory.available_memory(str(device)) if most is None else most)
 
 
 def blank_model(name: str = STARTER, revision: str | None = None) -> nn.Module:

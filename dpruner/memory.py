@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+import psutil
 import torch
 from torch import nn
 
@@ -30,11 +31,13 @@ class Plan:
 
     Attributes:
         outside: scores, masks and, on a CPU, the weights live outside the device's memory.
+        offload: on an accelerator, the weights of blocks too: each visits the device while it computes, and a second time for backward.
         checkpointing: a pass with gradients keeps the input of each block only, and computes the rest of it a second time.
         passes: over the calibration, each with gradients of a part of the weights.
     """
 
     outside: bool = False
+    offload: bool = False
     checkpointing: bool = False
     passes: int = 1
 
@@ -85,6 +88,17 @@ def give_back_at_once() -> None:
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
 
 
+def available_memory(device: str) -> int:
+    """Bytes that are free on a device now, within the limit of a container where there is one."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):   # "max" where the container has no limit of its own
+        group = Path("/sys/fs/cgroup")
+        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return free
+
+
 def _file(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     """An uninitialised tensor in a file that has no name any more, so that the system removes it with its last user, however that ends."""
     count = torch.Size(shape).numel()
@@ -101,7 +115,12 @@ def _file(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _lives_outside(tensor: torch.Tensor) -> bool:
-    return _folder is not None and tensor.numel() * tensor.element_size() >= max(SMALLEST, 1)
+    return _folder is not None and is_large(tensor)
+
+
+def is_large(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is worth a way out of a device's memory."""
+    return tensor.numel() * tensor.element_size() >= max(SMALLEST, 1)
 
 
 def zeros(like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -132,7 +151,7 @@ def kept(tensor: torch.Tensor) -> torch.Tensor:
 
 def holds_weights(device: torch.device) -> bool:
     """Whether the weights of a model on this device are to live outside too."""
-    return _folder is not None and device.type == "cpu"
+    return _folder is not None and (device.type == "cpu" or _plan.offload)
 
 
 def settle(model: nn.Module, dtype: torch.dtype, like: nn.Module) -> None:

@@ -80,7 +80,7 @@ def read_json(path: Path) -> dict:
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
     with replacing(path) as temporary:
         try:
-            save_file({n: t.detach().contiguous() for n, t in tensors.items()}, temporary, dict(metadata or {}))
+            save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, dict(metadata or {}))
         except SafetensorError as error:
             code = re.search(r"\(os error (\d+)\)", str(error))   # it hides the system's reason, such as a full disk, in its text
             if code:

@@ -5,9 +5,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint as again
 
-from dpruner import distributed, memory
+from dpruner import distributed, memory, offload
 from dpruner.hessian import Hessian
 from dpruner.masks import as_rows, precise
 from dpruner.model import decoder_blocks, linears_of, require_batches, stored_transposed
@@ -92,14 +91,8 @@ def _passing_through(blocks: nn.ModuleList, recorder: Recorder):
 
 @contextlib.contextmanager
 def checkpointing(blocks: nn.ModuleList) -> Iterator[None]:
-    """While open, and where the memory's plan says so, blocks keep nothing but their inputs for backward, and run a second time when it reaches them.
-
-    The same bits in less memory. Not transformers' own: that one asks for training mode, in which some models drop out.
-    """
-    def twice(index, original):
-        return lambda *args, **kwargs: again(original, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-    with _forwards(blocks, twice) if memory.plan().checkpointing else contextlib.nullcontext():
+    """While open, and where the memory's plan says so, blocks are computed twice where there is a backward pass: the same bits in less memory."""
+    with _forwards(blocks, lambda index, original: offload.computed_twice(original)) if memory.plan().checkpointing else contextlib.nullcontext():
         yield
 
 
@@ -137,7 +130,7 @@ def block_calls(model: nn.Module, blocks: nn.ModuleList, batches: list[torch.Ten
 def run_block(block: nn.Module, hidden: torch.Tensor, call: tuple[tuple, dict]) -> torch.Tensor:
     """One block on one batch: hidden states (b, seqlen, hidden) to hidden states of the same shape."""
     args, kwargs = call
-    hidden = hidden.to(next(block.parameters()).device)   # they may have waited outside it
+    hidden = hidden.to(offload.computes_on(next(block.parameters())))   # they may have waited outside it
     if args:
         return first(block(hidden, *args[1:], **kwargs))
     return first(block(**{**kwargs, "hidden_states": hidden}))
@@ -238,7 +231,7 @@ def _walk(model, calibrations, visit, results, update, stage, progress, checkpoi
         hessians = [_collect(block, linears, hidden, calls[index], keep_output=not update) for hidden, calls in sets]
         with _original_weights(linears) if update else contextlib.nullcontext():
             for names in sorted(set().union(*distributed.gathered({names for found in hessians for names in found}))):
-                rows = {n: precise(as_rows(linears[n].weight.detach(), stored_transposed(linears[n]))).clone() for n in names}
+                rows = {n: _rows_of(linears[n]) for n in names}
                 like = rows[names[0]]
                 of_sets = [distributed.add_up((found.get(names) or Hessian(like.shape[1])).to(like)) for found in hessians]
                 new = visit(rows, of_sets) if visit else rows
@@ -254,6 +247,12 @@ def _walk(model, calibrations, visit, results, update, stage, progress, checkpoi
         checkpoint.offer(index + 1, lambda: {_HIDDEN.format(k, j): x for k, (hidden, _) in enumerate(sets) for j, x in enumerate(hidden)},
                          {f"{what} {n}": found[n] for what, found in results.items() for n in linears})
     progress(stage, len(blocks), len(blocks))
+
+
+def _rows_of(linear: nn.Module) -> torch.Tensor:
+    """A copy of a linear's weight (out, in) where it is used, in the precision of scores."""
+    weight = linear.weight.detach()
+    return precise(as_rows(weight.to(offload.computes_on(linear.weight), copy=True), stored_transposed(linear)))
 
 
 _HIDDEN = "hidden {} {}"   # set, batch

@@ -7,9 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import settings
 from families import tiny, tiny_tokenizer
 
 from dpruner import RunConfig, pipeline, report, store
+
+settings.register_profile("hostile", max_examples=10_000)   # of `make hostile`
 
 SMALL = {"nsamples": 4, "seqlen": 16, "eval_documents": 1, "eval_seqlen": 128}
 

@@ -22,9 +22,14 @@ from test_model import is_one_sentence
 
 from app import __main__ as server
 from app import demo
-from dpruner import InputError, RunConfig, calibration, cli, export, files, loading, store, tasks, worker
+from dpruner import InputError, RunConfig, calibration, cli, estimate, export, files, loading, pipeline, store, tasks, worker
 from dpruner.config import METHODS
 from dpruner.store import Run
+
+# a thousand examples, always the same ones; `make hostile` takes ten thousand, others every time
+FULL = settings.default.max_examples == 10_000
+MANY = settings(max_examples=10_000 if FULL else 1000, derandomize=not FULL, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+
 
 # ---- settings
 
@@ -38,7 +43,8 @@ SANE = {"domains": st.lists(st.one_of(ODD, st.sampled_from(["legal", "finance", 
         "methods": st.lists(st.sampled_from(METHODS), min_size=1, max_size=3), "sparsity": st.floats(-0.1, 1.1),
         "granularity": st.sampled_from(["matrix", "row", "2:4", "4:2", "0:0", "1:1", ":", "matrix:", "²:4"]),
         "formula": st.sampled_from(["balanced", "taylor", "release"]), "lam": st.one_of(st.none(), st.floats()),
-        "nsamples": st.integers(0, 10**7), "seed": st.integers(-1, 2**64), "dtype": st.sampled_from([None, "float32", "int8"])}
+        "nsamples": st.integers(0, 10**7), "seed": st.integers(-1, 2**64), "dtype": st.sampled_from([None, "float32", "int8"]), "memory": st.sampled_from([None, "1KB", "300MB", "1GB", "9e9"]),
+        "compensate": st.sampled_from([None, "after", "walk"]), "finetune": st.booleans(), "seqlen": st.integers(0, 200)}
 
 
 @pytest.fixture
@@ -48,15 +54,28 @@ def names(monkeypatch):
     monkeypatch.setattr(calibration, "builtin_domains", lambda: found)
 
 
-@settings(max_examples=10_000, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@pytest.fixture(scope="module")
+def blank(llama):
+    """A tiny model without weights."""
+    return loading.blank_model(str(llama))
+
+
+@MANY
 @given(st.one_of(RANDOM, st.fixed_dictionaries({}, optional=SANE)))
-def test_any_settings_are_taken_or_refused_in_one_sentence(names, given_settings):
+def test_any_settings_are_taken_or_refused_in_one_sentence(names, blank, given_settings):
     try:
         config = RunConfig.from_dict(given_settings)
         config.check()
     except InputError as error:
         assert is_one_sentence(error), error
         return
+    for device in ("cpu", "cuda"):   # and told what they take
+        try:
+            estimate.require_memory(config, blank, device)
+            assert 0 < sum(estimate.peak_memory(config, blank, device).values()) < float("inf")
+            pipeline.prunable_sparsity(config, blank)
+        except InputError as error:
+            assert is_one_sentence(error), error
     assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict(), ensure_ascii=False).encode())) == config   # it can be kept and repeated
     for name in [config.general, *config.domains]:
         assert re.fullmatch(r"[A-Za-z0-9_-]+", config_label(name))
@@ -67,7 +86,7 @@ def config_label(domain: str) -> str:
     return split_domain(domain)[0]
 
 
-@settings(max_examples=1000, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@MANY
 @given(st.lists(st.one_of(ODD, st.sampled_from(["prune", "--sparsity", "--domain", "--config", "--nsamples", "--halves", "nan", "1e999"])).map(
     lambda word: word.encode("utf-8", "backslashreplace").decode()), max_size=5))
 def test_any_words_on_the_command_line_are_settings_or_an_exit_code(capsys, words):

@@ -171,7 +171,7 @@ def test_the_plan_changes_as_little_as_it_must():
     for plan, size in sizes.items():
         assert estimate.choose(config, model, "cpu", size) == plan
     assert estimate.choose(config, model, "cpu", 1) == Plan(outside=True, checkpointing=True)
-    assert estimate.choose(config, model, "cuda", 1) == Plan(outside=True, checkpointing=True, passes=16)
+    assert estimate.choose(config, model, "cuda", 1) == Plan(outside=True, offload=True, passes=32)
 
 
 def test_a_limit_that_cannot_be_kept_is_refused_with_advice(tmp_path, capsys):
