@@ -18,7 +18,7 @@ from dpruner.config import RunConfig
 from dpruner.errors import InputError
 
 REPEATED = {"domains": "domain", "methods": "method"}   # settings that take several values, named once for each on the command line
-EXPERIMENTS = ("sparsity", "goal", "walk", "lambda", "formulas", "granularities", "calibration", "text", "transfer", "finetune")
+EXPERIMENTS = ("sparsity", "goal", "seeds", "walk", "lambda", "formulas", "granularities", "calibration", "text", "transfer", "finetune")
 UNITS = {"general importance": "block", "compensation": "block", "sparsegpt": "block", "wanda": "block", "evaluation": "batch of windows"}
 
 

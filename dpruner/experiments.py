@@ -30,6 +30,9 @@ MASKS = ("dpruner", "wanda", "magnitude", "general", "domain", "random")
 BOTH = {"baseline_calibration": "mix"}   # the baselines see every text that D-Pruner sees
 FROM_RUNS = ("jaccard", "jaccard floor", "jaccard ceiling", "jaccard halves", "decisions changed by λ")   # figures of a run that its experiment keeps
 LARGE = ("weights", "ranks", "edges")   # folders of a point that nothing needs once it is judged
+TUNED = "dense, tuned"   # the dense model, tuned as the pruned ones are
+LIMIT = 100     # items of a task
+ALL = "all"     # seeds together
 TAKEN_BACK = "share of sparsegpt's loss taken back"
 COLUMNS = ("x", "series", "method", "domain", "task", "metric", "value", "low", "high", "n", "against", "difference", "difference_low",
            "difference_high", "verdict")
@@ -40,7 +43,7 @@ class Point(NamedTuple):
 
     Attributes:
         x: where it stands on the axis.
-        variant: what tells its methods from the same ones of other points at that place; "" where nothing needs to.
+        variant: what tells its methods from the same ones of other points at that place; "" where nothing needs to, TUNED where nothing is removed.
         settings: what it changes in the settings of the experiment.
         tune: how its models are tuned afterwards, as `finetune.finetuned` takes it; None leaves them.
     """
@@ -57,7 +60,7 @@ class Point(NamedTuple):
 
     def series(self, method: str) -> str:
         """What a table calls one of its methods."""
-        return f"{method}, {self.variant}" if self.variant else method
+        return TUNED if self.variant == TUNED else f"{method}, {self.variant}" if self.variant else method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +101,11 @@ def _goal(s) -> list[Point]:
     return _walk(s)[:2]
 
 
+def _seeds(seed) -> list[Point]:
+    return [Point(str(seed), "", {"seed": seed, "methods": ("sparsegpt",), **BOTH}),
+            Point(str(seed), "walk", {"seed": seed, "methods": ("dpruner",), "compensate": "walk"})]
+
+
 def _lam(lam) -> list[Point]:
     return [Point(str(lam), "", {"lam": float(lam), "methods": ("dpruner",), "compensate": None}),
             Point(str(lam), "walk", {"lam": float(lam), "methods": ("dpruner",), "compensate": "walk"})]
@@ -131,7 +139,8 @@ def _transfer(s) -> list[Point]:
 def _finetune(how) -> list[Point]:
     tune = None if how == "none" else how
     return [Point(how, "", {"methods": ("dpruner", "sparsegpt", "magnitude"), "compensate": None, **BOTH}, tune),
-            Point(how, "walk", {"methods": ("dpruner",), "compensate": "walk"}, tune)]
+            Point(how, "walk", {"methods": ("dpruner",), "compensate": "walk"}, tune),
+            Point(how, TUNED, {"methods": ("magnitude",), "sparsity": 0.0, "compensate": None}, tune)]   # no mask: nothing to compare but the tuning
 
 
 TENTHS = tuple(round(0.1 * i, 1) for i in range(1, 9))
@@ -140,6 +149,9 @@ DESIGNS = {
                        "Baselines see the text of the domain and of the open domain, all that D-Pruner sees. Only sparsegpt and the walk move the kept weights."),
     "goal": Design("Does the dual score in the walk beat SparseGPT, in the domain and outside it?", "sparsity", (0.3, 0.4, 0.5, 0.6, 0.7, 0.8), _goal,
                    ("series", "sparsegpt"), "Both see the same text of the domain and of the open domain."),
+    "seeds": Design("Does the walk beat SparseGPT whatever calibration text is drawn?", "seed", (0, 1, 2), _seeds, ("series", "sparsegpt"),
+                    "Each seed draws other calibration sequences, for both methods alike; 'all' is the mean of the seeds' losses on each window, so its "
+                    "interval is narrower than a seed's. It tells of other held-out text, the columns beside it of other calibration text."),
     "walk": Design("What makes the walk as good as it is?", "sparsity", (0.5, 0.7), _walk, ("series", "sparsegpt"),
                    "The walk has three parts: the dual score, sparsity allotted by loss, least-squares steps. 'even' is without the second, 'not refined' "
                    "without the third, 'of METHOD' the dual score alone, 'refined only' SparseGPT's own score with the steps: what SparseGPT would gain "
@@ -157,8 +169,9 @@ DESIGNS = {
                    "'mix' sees both texts, twice as much. The walk's Fishers are those of both sides throughout; its Hessian changes."),
     "transfer": Design("How good is every domain's mask on every domain's text, and does similarity predict it?", "sparsity", (0.5,), _transfer,
                        ("series", "own"), "Masks alone, by the dual score; the kept weights stay as they are."),
-    "finetune": Design("What does tuning afterwards win back, with the mask held?", "tuned", ("none", "full"), _finetune, ("x", "none"),
-                       "Tuning also teaches the text itself, which the dense model was not taught: being below dense is no merit of pruning."),
+    "finetune": Design("What does tuning afterwards win back, with the mask held?", "tuned", ("none", "full"), _finetune, ("series", TUNED),
+                       "Tuning also teaches the text itself, so every model is compared with the dense one after the same tuning: the same text, steps and "
+                       "rates, and adapters of the same rank."),
 }
 
 
@@ -198,7 +211,7 @@ class Experiment(Run):
         return store.read_table(self.folder / "results.parquet")
 
 
-def prepared(name: str, config: RunConfig, *, values: Sequence | None = None, tasks: Sequence[str] | None = None, limit: int | None = 100,
+def prepared(name: str, config: RunConfig, *, values: Sequence | None = None, tasks: Sequence[str] | None = None, limit: int | None = LIMIT,
              root: str | Path = "experiments") -> Experiment:
     """The folder of an experiment, made or found: the same question is the same folder.
 
@@ -276,7 +289,8 @@ def conduct(experiment: Experiment, *, cache: str | Path = "cache", watch: Calla
 
 def _conduct(run: Run, point: Point, record: dict, cache, progress: Callable[[float], None], waiting) -> None:
     """One point: prune, tune where it is asked for, judge, and leave out what takes much room."""
-    config = dataclasses.replace(RunConfig.from_dict(record["config"]), **point.settings)
+    asked = RunConfig.from_dict(record["config"])
+    config = dataclasses.replace(asked, **point.settings)
     if not (run.folder / "metrics.parquet").is_file():
         pipeline.run(config, folder=run.folder, cache=cache, watch=lambda status: progress(status.share / 2), waiting=waiting)
     if point.tune:
@@ -285,7 +299,7 @@ def _conduct(run: Run, point: Point, record: dict, cache, progress: Callable[[fl
     everything = record["tasks"] or record["name"] == "transfer"
     for label in [None] if everything else labels:
         evaluations.evaluate(run, record["tasks"] or _texts(config, labels if label is None else [label], record["limit"]),
-                             domains=None if label is None else [label], limit=record["limit"], seed=config.seed,
+                             domains=None if label is None else [label], limit=record["limit"], seed=asked.seed,
                              progress=lambda _, done, total: progress(0.5 + done / total / 2))
     for folder in LARGE:
         shutil.rmtree(run.folder / folder, ignore_errors=True)
@@ -319,20 +333,23 @@ def summed_up(experiment: Experiment) -> pd.DataFrame:
         run = experiment.run_of(point)
         for (method, domain), task in evaluations.stored(run):
             series = DENSE if method == DENSE else point.series(method)
-            answers.setdefault((point.x, series, method, domain, task), evaluations.finished(run, (method, domain), task))
+            rows = answers.setdefault((point.x, series, domain, task), evaluations.finished(run, (method, domain), task))
+            rows.attrs["method"] = method
+    if experiment.record["name"] == "seeds":
+        answers |= _over_seeds(answers)
     found = []
-    for (x, series, method, domain, task), rows in answers.items():
-        key = (x, other, other.split(", ")[0], domain, task) if kind == "series" else (other, series, method, domain, task)
+    for (x, series, domain, task), rows in answers.items():
+        key = (x, other, domain, task) if kind == "series" else (other, series, domain, task)
         if other == "own":   # the mask of the very domain that the text is of
-            key = (x, series, method, task.removesuffix("-perplexity"), task)
-        against = answers.get(key) if method != DENSE and key != (x, series, method, domain, task) else None
+            key = (x, series, task.removesuffix("-perplexity"), task)
+        against = answers.get(key) if domain and key != (x, series, domain, task) else None
         for metric in metrics.METRICS[rows.attrs["kind"]]:
             value = metrics.figure(metric, rows)
-            row = {"x": x, "series": series, "method": method, "domain": domain, "task": task, "metric": metric.name, "value": float(value),
+            row = {"x": x, "series": series, "method": rows.attrs["method"], "domain": domain, "task": task, "metric": metric.name, "value": float(value),
                    "low": value.low, "high": value.high, "n": value.n}
             if against is not None:
                 gap = metrics.difference(metric, rows, against)
-                row |= {"against": key[1] if kind == "series" and other != "own" else key[0] if kind == "x" else key[3], "difference": float(gap),
+                row |= {"against": key[2] if other == "own" else other, "difference": float(gap),
                         "difference_low": gap.low, "difference_high": gap.high, "verdict": metrics.verdict(metric, gap)}
             found.append(row)
     found += list(_taken_back(points, answers))
@@ -345,14 +362,28 @@ def summed_up(experiment: Experiment) -> pd.DataFrame:
 
 def _taken_back(points: list[Point], answers: dict) -> Iterator[dict]:
     """What walks take back of SparseGPT's loss at the same sparsity: a difference in % says little where there is little to gain."""
-    walks = {(p.x, p.series("dpruner")) for p in points if p.settings.get("compensate") == "walk"}
-    for (x, series, method, domain, task), rows in answers.items():
-        theirs, dense = answers.get((x, "sparsegpt", "sparsegpt", domain, task)), answers.get((x, DENSE, DENSE, "", task))
-        if (x, series) in walks and theirs is not None and dense is not None and rows.attrs["kind"] == "perplexity":
+    walks = {p.series("dpruner") for p in points if p.settings.get("compensate") == "walk"}
+    for (x, series, domain, task), rows in answers.items():
+        theirs, dense = answers.get((x, "sparsegpt", domain, task)), answers.get((x, DENSE, "", task))
+        if series in walks and theirs is not None and dense is not None and rows.attrs["kind"] == "perplexity":
             share = metrics.taken_back(rows, theirs, dense)
             if share is not None:
-                yield {"x": x, "series": series, "method": method, "domain": domain, "task": task, "metric": TAKEN_BACK, "value": float(share),
+                yield {"x": x, "series": series, "method": rows.attrs["method"], "domain": domain, "task": task, "metric": TAKEN_BACK, "value": float(share),
                        "low": share.low, "high": share.high, "n": share.n}
+
+
+def _over_seeds(answers: dict) -> dict:
+    """Answers as of a seed "all": each window's loss is the sum over seeds, so that perplexity is that of their mean loss."""
+    found: dict[tuple, list[pd.DataFrame]] = {}
+    for (_, *of), rows in answers.items():
+        found.setdefault((ALL, *of), []).append(rows)
+    seeds = {x for x, *_ in answers}
+    pooled = {}
+    for key, each in found.items():
+        if len(seeds) > 1 and len(each) == len(seeds) and each[0].attrs["kind"] == "perplexity":   # only what is known of all
+            rows = each[0].assign(loss=sum(r["loss"] for r in each), tokens=sum(r["tokens"] for r in each))
+            pooled[key] = rows
+    return pooled
 
 
 def _of_run(run: Run, point: Point) -> Iterator[dict]:

@@ -13,7 +13,7 @@ import pandas as pd
 from dpruner.compensate import FISHER_ENOUGH
 from dpruner.config import RunConfig
 from dpruner.errors import InputError
-from dpruner.experiments import DESIGNS, TAKEN_BACK, Design, Experiment, find_experiments
+from dpruner.experiments import ALL, DESIGNS, LIMIT, TAKEN_BACK, TUNED, Design, Experiment, find_experiments
 from dpruner.metrics import BETTER, NOISE, WORSE
 from dpruner.store import read_json, replacing
 from dpruner.variants import DENSE
@@ -74,6 +74,8 @@ def command(experiment: Experiment) -> str:
     if record["values"] != list(experiment.design.values):
         words += [word for value in record["values"] for word in ("--value", str(value))]
     words += [word for task in record["tasks"] or () for word in ("--task", task)]
+    if record["limit"] != LIMIT:
+        words += ["--limit", str(record["limit"])]
     return shlex.join(words)
 
 
@@ -247,9 +249,15 @@ def in_short(tables: dict[Experiment, pd.DataFrame]) -> Iterator[str]:
     """What follows from the tables, whatever it is."""
     yield from reached([t for e, t in tables.items() if e.record["name"] == "goal"])
     special = {"goal": goal_words, "sparsity": sparsity_words, "walk": walk_words, "calibration": calibration_words, "transfer": transfer_words}
+    at_one = {"seeds": seeds_words, "finetune": finetune_words}
     for experiment, table in tables.items():
-        name = experiment.record["name"]
-        yield from special[name](table) if name in special else choice_words(table, experiment.design, experiment.record["config"]["sparsity"])
+        name, sparsity = experiment.record["name"], experiment.record["config"]["sparsity"]
+        if name in special:
+            yield from special[name](table)
+        elif name in at_one:
+            yield from at_one[name](table, sparsity)
+        else:
+            yield from choice_words(table, experiment.design, sparsity)
 
 
 def spread(values: pd.Series, told: Callable[[float], str]) -> str:
@@ -310,6 +318,34 @@ def reached(tables: list[pd.DataFrame]) -> Iterator[str]:
            f"Comparisons that reach the first, and both: {'; '.join(told)}. Worse beyond the noise: {(rows.verdict == WORSE).sum()}."
            + (f" Of what SparseGPT loses against the dense model the walk takes back {percent(back.median())} in the median, {spread(back, percent)} in all."
               if len(back) else ""))
+
+
+def seeds_words(table: pd.DataFrame, sparsity: float) -> Iterator[str]:
+    """For each text the seeds' differences, and what is left of their noise where their losses are averaged."""
+    rows = estimated(table)
+    walk = rows[(rows.series == WALK) & rows.difference.notna()]
+    for domain, of in walk.groupby("domain", sort=False):
+        told = []
+        for task, at in of.groupby("task", sort=False):
+            seeds, together = at[at.x != ALL], at[at.x == ALL]
+            told.append(f"{task.removesuffix('-perplexity')} {gains(seeds.difference)} %, {verdicts(seeds)}"
+                        + "".join(f"; together {gap(r)}" for r in together.itertuples()))
+        yield (f"Other draws of calibration text, pruned for {domain} at {sparsity:.0%}, judged on other held-out text than the goal: the dual walk against "
+               f"SparseGPT, the least and the most over {walk[walk.x != ALL].x.nunique()} seeds. " + ". ".join(told) + ".")
+
+
+def finetune_words(table: pd.DataFrame, sparsity: float) -> Iterator[str]:
+    """Every model beside the dense one, both tuned alike: what tuning teaches of the text is no merit of a mask."""
+    rows = estimated(table)
+    rows = rows[rows.metric == "perplexity"]
+    pruned = rows[rows.difference.notna()]
+    told = [f"{series}: " + ", ".join(f"{x} {overall(at)}" for x, at in of.groupby("x", sort=False)) for series, of in pruned.groupby("series", sort=False)]
+    if not told:
+        return
+    dense = rows[rows.series == TUNED].pivot(index="task", columns="x", values="value")
+    taught = [f"{x} {signed(math.expm1(np.log(dense[x] / dense['none']).mean()))} %" for x in dict.fromkeys(pruned.x) if "none" in dense and x in dense and x != "none"]
+    yield (f"{DESIGNS['finetune'].question} At {sparsity:.0%}, perplexity against the dense model tuned alike, mean over texts. {'. '.join(told)}."
+           + (f" Tuning gives the dense model itself: {', '.join(taught)}." if taught else ""))
 
 
 def choice_words(table: pd.DataFrame, design: Design, sparsity: float) -> Iterator[str]:

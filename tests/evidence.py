@@ -18,17 +18,19 @@ ROOT = Path(__file__).parents[1]
 CORPORA = ROOT.parent / "shared" / "corpora"
 EXPERIMENTS, STORED = Path("experiments"), Path("docs/results")
 PIECES, CHARACTERS, DOCUMENTS = 32, 900, 300   # held-out pieces of each text and their length; documents to calibrate on
+FURTHER = {"wikitext2": 144}   # held-out pieces that no other experiment is judged on; of the other texts, where less is in doubt, 48
 BUILT_IN = "--nsamples 32 --seqlen 128 --eval-documents 6 --eval-seqlen 128"
 
 
-def real(domain: str) -> str:
+def real(domain: str, judged: str = "heldout") -> str:
     """Calibrated on real text of a domain and of the open domain, judged on both and on WikiText-2."""
-    tasks = " ".join(f"--task {name}={{texts}}/{name}-heldout.jsonl" for name in (domain, "general", "wikitext2"))
+    tasks = " ".join(f"--task {name}={{texts}}/{name}-{judged}.jsonl" for name in (domain, "general", "wikitext2"))
     return f"--domain {domain}={{texts}}/{domain}.jsonl --general general={{texts}}/general.jsonl --column text --eval-seqlen 256 {tasks}"
 
 
 COMMANDS = [
     *(f"goal {real(domain)} --nsamples 32 --value 0.5 --value 0.6 --value 0.7 --value 0.8" for domain in ("legal", "finance", "healthcare")),
+    *(f"seeds {real(domain, 'further')} --nsamples 32 --limit 144" for domain in ("legal", "finance", "healthcare")),
     f"sparsity {real('legal')} --nsamples 32",
     f"sparsity --domain legal {BUILT_IN} --value 0.3 --value 0.5 --value 0.7",
     f"formulas --domain legal --domain healthcare {BUILT_IN}",
@@ -58,7 +60,10 @@ def real_texts(folder: Path) -> None:
     for name in ("general", "legal", "healthcare", "finance", "wikitext2"):
         heldout = CORPORA / "general/wikitext2-valid.jsonl.gz" if name == "wikitext2" else CORPORA / name / "heldout.jsonl.gz"
         pieces = [text[at:at + CHARACTERS] for text in documents(heldout) for at in range(0, len(text) - CHARACTERS // 2, CHARACTERS)]
-        write(folder / f"{name}-heldout.jsonl", random.Random(0).sample(pieces, PIECES))
+        judged = random.Random(0).sample(range(len(pieces)), PIECES)
+        write(folder / f"{name}-heldout.jsonl", [pieces[i] for i in judged])
+        left = [piece for i, piece in enumerate(pieces) if i not in judged]
+        write(folder / f"{name}-further.jsonl", random.Random(1).sample(left, FURTHER.get(name, 48)))
         if name != "wikitext2":
             texts = documents(CORPORA / name / "train.jsonl.gz")
             write(folder / f"{name}.jsonl", random.Random(0).sample(texts, min(DOCUMENTS, len(texts))))
@@ -69,7 +74,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="experiments to conduct (default: all)")
     names = parser.parse_args().names
     texts = EXPERIMENTS / "texts"
-    if CORPORA.is_dir() and not (texts / "wikitext2-heldout.jsonl").is_file():
+    if CORPORA.is_dir() and not (texts / "wikitext2-further.jsonl").is_file():
         real_texts(texts)
     for command in COMMANDS:
         if names and command.split()[0] not in names or "{texts}" in command and not texts.is_dir():

@@ -106,6 +106,24 @@ def test_both_sides_calibrate_on_the_same_text(done):
         assert config["hessian" if point.variant else "baseline_calibration"] == "mix"
 
 
+def test_seeds_are_judged_one_by_one_and_by_their_mean_loss(config, folder):
+    experiment = prepared("seeds", config, values=[0, 1], root=folder / "seeds")
+    table = conduct(experiment, cache=folder / "cache")
+    points = {(point.x, point.variant): experiment.run_of(point) for point in experiment.points()}
+    assert [points[x, ""].config["seed"] for x in "01"] == [0, 1] and len({str(run.record["calibration"]) for run in points.values()}) == 2
+    rows = table[(table.series == "dpruner, walk") & (table.metric == "perplexity")].set_index(["x", "task"])
+    assert set(rows.index.get_level_values(0)) == {"0", "1", "all"}
+    for task in ("legal-perplexity", "general-perplexity"):
+        walks, others = ([evaluations.finished(points[x, variant], (method, "legal"), task) for x in "01"]
+                         for variant, method in (("walk", "dpruner"), ("", "sparsegpt")))
+        mean, other = (np.exp(np.mean([r.loss.sum() / r.tokens.sum() for r in each])) for each in (walks, others))
+        found = rows.loc["all", task]
+        assert (found.value, found.difference, found.n) == (pytest.approx(mean), pytest.approx(mean / other - 1), len(walks[0]))
+        assert rows.loc["1", task].difference == pytest.approx(float(metrics.difference(metrics.PERPLEXITY, walks[1], others[1])))
+    text = " ".join(findings.seeds_words(table, 0.5))
+    assert f"together {findings.gap(rows.loc['all', 'legal-perplexity'])}" in text and "over 2 seeds" in text
+
+
 def test_what_is_done_is_not_done_again(done, config, folder, monkeypatch):
     experiment, table = done
     again = prepared("sparsity", config, values=["0.3", "0.6"], root=folder / "e")
@@ -234,6 +252,21 @@ def test_lora_is_merged_and_masked_or_says_what_it_needs():
             tuned = finetune.tune_lora(model, batches, masks)
         assert all((tuned[n][~m] == 0).all() for n, m in masks.items()) and any((tuned[n] != 0).any() for n in masks)
     assert fingerprint(model) == before
+
+
+def test_tuned_models_are_compared_with_the_dense_one_tuned_alike(config, folder):
+    experiment = prepared("finetune", config, root=folder / "tuned")
+    table = conduct(experiment, cache=folder / "cache")
+    on_legal = table[(table.task == "legal-perplexity") & (table.metric == "perplexity")].set_index(["x", "series"])
+    dense, tuned = (on_legal.loc[(x, experiments.TUNED)] for x in ("none", "full"))
+    assert dense.value == on_legal.loc["none", "dense"].value and tuned.value < dense.value
+    for x, beside in (("none", dense), ("full", tuned)):
+        row = on_legal.loc[x, "dpruner, walk"]
+        assert row.difference == pytest.approx(row.value / beside.value - 1) and row.against == experiments.TUNED
+    run = next(experiment.run_of(p) for p in experiment.points() if p.series("magnitude") == experiments.TUNED and p.x == "full")
+    assert all(m.all() for m in run.masks("magnitude", "legal").values())
+    text = " ".join(findings.finetune_words(table, 0.5))
+    assert "against the dense model tuned alike" in text and "Tuning gives the dense model itself: full −" in text
 
 
 def test_a_run_is_judged_with_the_weights_that_were_tuned(small, tmp_path):
