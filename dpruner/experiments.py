@@ -336,7 +336,7 @@ def summed_up(experiment: Experiment) -> pd.DataFrame:
             rows = answers.setdefault((point.x, series, domain, task), evaluations.finished(run, (method, domain), task))
             rows.attrs["method"] = method
     if experiment.record["name"] == "seeds":
-        answers |= _over_seeds(answers)
+        answers |= _over_seeds(answers, {point.x for point in experiment.points()})
     found = []
     for (x, series, domain, task), rows in answers.items():
         key = (x, other, domain, task) if kind == "series" else (other, series, domain, task)
@@ -372,18 +372,13 @@ def _taken_back(points: list[Point], answers: dict) -> Iterator[dict]:
                        "low": share.low, "high": share.high, "n": share.n}
 
 
-def _over_seeds(answers: dict) -> dict:
-    """Answers as of a seed "all": each window's loss is the sum over seeds, so that perplexity is that of their mean loss."""
+def _over_seeds(answers: dict, seeds: set[str]) -> dict:
+    """Answers as of a seed "all", once all seeds have answered: each window's loss is summed, so that perplexity is that of the mean loss."""
     found: dict[tuple, list[pd.DataFrame]] = {}
     for (_, *of), rows in answers.items():
         found.setdefault((ALL, *of), []).append(rows)
-    seeds = {x for x, *_ in answers}
-    pooled = {}
-    for key, each in found.items():
-        if len(seeds) > 1 and len(each) == len(seeds) and each[0].attrs["kind"] == "perplexity":   # only what is known of all
-            rows = each[0].assign(loss=sum(r["loss"] for r in each), tokens=sum(r["tokens"] for r in each))
-            pooled[key] = rows
-    return pooled
+    return {key: each[0].assign(loss=sum(rows["loss"] for rows in each), tokens=sum(rows["tokens"] for rows in each))
+            for key, each in found.items() if len(each) == len(seeds) > 1 and each[0].attrs["kind"] == "perplexity"}
 
 
 def _of_run(run: Run, point: Point) -> Iterator[dict]:
