@@ -248,16 +248,13 @@ def transfer_section(table: pd.DataFrame) -> Iterator[str]:
 def in_short(tables: dict[Experiment, pd.DataFrame]) -> Iterator[str]:
     """What follows from the tables, whatever it is."""
     yield from reached([t for e, t in tables.items() if e.record["name"] == "goal"])
-    special = {"goal": goal_words, "sparsity": sparsity_words, "walk": walk_words, "calibration": calibration_words, "transfer": transfer_words}
-    at_one = {"seeds": seeds_words, "finetune": finetune_words}
+    tables = {e: t.assign(sparsity=e.record["config"]["sparsity"]) for e, t in tables.items()}
+    yield from reached_again([t for e, t in tables.items() if e.record["name"] == "seeds"])
+    special = {"goal": goal_words, "seeds": seeds_words, "sparsity": sparsity_words, "walk": walk_words, "calibration": calibration_words,
+               "transfer": transfer_words, "finetune": finetune_words}
     for experiment, table in tables.items():
-        name, sparsity = experiment.record["name"], experiment.record["config"]["sparsity"]
-        if name in special:
-            yield from special[name](table)
-        elif name in at_one:
-            yield from at_one[name](table, sparsity)
-        else:
-            yield from choice_words(table, experiment.design, sparsity)
+        name = experiment.record["name"]
+        yield from special[name](table) if name in special else choice_words(table, experiment.design, experiment.record["config"]["sparsity"])
 
 
 def spread(values: pd.Series, told: Callable[[float], str]) -> str:
@@ -287,6 +284,12 @@ def overall(rows: pd.DataFrame) -> str:
     return f"{signed(math.expm1(np.log1p(rows.difference).mean()))} % ({verdicts(rows)})"
 
 
+def by_series(rows: pd.DataFrame) -> str:
+    """The differences of each model at each value, in words."""
+    return ". ".join(f"{series}: " + ", ".join(f"{x} {overall(at)}" for x, at in of.groupby("x", sort=False))
+                     for series, of in rows.groupby("series", sort=False))
+
+
 def goal_words(table: pd.DataFrame) -> Iterator[str]:
     """Beside the gain in %, its ceiling: where SparseGPT loses 2 %, no method can win 3."""
     figures = estimated(table)
@@ -312,15 +315,14 @@ def reached(tables: list[pd.DataFrame]) -> Iterator[str]:
     walk = pd.concat([t[t.series == WALK].assign(dense=t.task.map(dense_figures(t))) for t in tables], ignore_index=True)
     rows, back = walk[walk.difference.notna()], walk[walk.metric == TAKEN_BACK].value
     room = rows.dense * (1 + rows.difference) / rows.value - 1
-    told = [f"{float(x):.0%}: {(at.verdict == BETTER).sum()} and {((at.verdict == BETTER) & (at.difference < -FIRST_EVIDENCE)).sum()} of {len(at)}, where "
-            f"the dense model itself would reach both in {(room[at.index] < -FIRST_EVIDENCE).sum()}" for x, at in rows.groupby("x")]
+    told = [f"{float(x):.0%}: {first_and_both(at)}, where the dense model itself would reach both in {(room[at.index] < -FIRST_EVIDENCE).sum()}" for x, at in rows.groupby("x")]
     yield (f"The goal: the dual walk better than SparseGPT on every text, beyond the noise, and by more than {FIRST_EVIDENCE:.0%} of perplexity. "
            f"Comparisons that reach the first, and both: {'; '.join(told)}. Worse beyond the noise: {(rows.verdict == WORSE).sum()}."
            + (f" Of what SparseGPT loses against the dense model the walk takes back {percent(back.median())} in the median, {spread(back, percent)} in all."
               if len(back) else ""))
 
 
-def seeds_words(table: pd.DataFrame, sparsity: float) -> Iterator[str]:
+def seeds_words(table: pd.DataFrame) -> Iterator[str]:
     """For each text the seeds' differences, and what is left of their noise where their losses are averaged."""
     rows = estimated(table)
     walk = rows[(rows.series == WALK) & rows.difference.notna()]
@@ -328,43 +330,57 @@ def seeds_words(table: pd.DataFrame, sparsity: float) -> Iterator[str]:
         told = []
         for task, at in of.groupby("task", sort=False):
             seeds, together = at[at.x != ALL], at[at.x == ALL]
-            told.append(f"{task.removesuffix('-perplexity')} {gains(seeds.difference)} %, {verdicts(seeds)}"
-                        + "".join(f"; together {gap(r)}" for r in together.itertuples()))
-        yield (f"Other draws of calibration text, pruned for {domain} at {sparsity:.0%}, judged on other held-out text than the goal: the dual walk against "
-               f"SparseGPT, the least and the most over {walk[walk.x != ALL].x.nunique()} seeds. " + ". ".join(told) + ".")
+            told += [f"{task.removesuffix('-perplexity')} {gains(seeds.difference)} %, {verdicts(seeds)}; averaged {gap(r)}" for r in together.itertuples()]
+        if told:
+            yield (f"Other draws of calibration text, pruned for {domain} at {table.sparsity.iloc[0]:.0%}, judged on other held-out text than the goal: the "
+                   f"dual walk against SparseGPT, the least and the most over {walk[walk.x != ALL].x.nunique()} seeds. " + ". ".join(told) + ".")
 
 
-def finetune_words(table: pd.DataFrame, sparsity: float) -> Iterator[str]:
+def finetune_words(table: pd.DataFrame) -> Iterator[str]:
     """Every model beside the dense one, both tuned alike: what tuning teaches of the text is no merit of a mask."""
     rows = estimated(table)
     rows = rows[rows.metric == "perplexity"]
-    pruned = rows[rows.difference.notna()]
-    told = [f"{series}: " + ", ".join(f"{x} {overall(at)}" for x, at in of.groupby("x", sort=False)) for series, of in pruned.groupby("series", sort=False)]
-    if not told:
+    pruned, dense = rows[rows.difference.notna()], rows[rows.series == TUNED].pivot(index="task", columns="x", values="value")
+    if not len(pruned):
         return
-    dense = rows[rows.series == TUNED].pivot(index="task", columns="x", values="value")
-    taught = [f"{x} {signed(math.expm1(np.log(dense[x] / dense['none']).mean()))} %" for x in dict.fromkeys(pruned.x) if "none" in dense and x in dense and x != "none"]
-    yield (f"{DESIGNS['finetune'].question} At {sparsity:.0%}, perplexity against the dense model tuned alike, mean over texts. {'. '.join(told)}."
-           + (f" Tuning gives the dense model itself: {', '.join(taught)}." if taught else ""))
+    taught = [f"{x} {signed(math.expm1(np.log(dense[x] / dense['none']).mean()))} %" for x in dense if "none" in dense and x != "none"]
+    yield (f"{DESIGNS['finetune'].question} At {table.sparsity.iloc[0]:.0%}, perplexity against the dense model tuned alike, mean over texts. "
+           f"{by_series(pruned)}." + (f" Tuning gives the dense model itself: {', '.join(taught)}." if taught else ""))
+
+
+def first_and_both(rows: pd.DataFrame) -> str:
+    """How many comparisons are better beyond the noise, and how many by more than the first evidence too."""
+    better = rows[rows.verdict == BETTER]
+    return f"{len(better)} and {(better.difference < -FIRST_EVIDENCE).sum()} of {len(rows)}"
+
+
+def reached_again(tables: list[pd.DataFrame]) -> Iterator[str]:
+    """The goal's counts on other held-out text, over the draws of calibration text."""
+    if not tables:
+        return
+    rows = pd.concat(tables, ignore_index=True)
+    rows = rows[(rows.series == WALK) & rows.difference.notna()]
+    told = [f"{s:.0%}: {first_and_both(at[at.x == ALL])} with the seeds' losses averaged, {first_and_both(at[at.x != ALL])} seed by seed"
+            for s, at in rows.groupby("sparsity")]
+    yield (f"The same on other held-out text, calibrated on other draws of text. Comparisons that reach the first, and both: {'; '.join(told)}. "
+           f"Worse beyond the noise: {(rows.verdict == WORSE).sum()}.")
 
 
 def choice_words(table: pd.DataFrame, design: Design, sparsity: float) -> Iterator[str]:
     """An experiment whose values are compared with one of them, at one sparsity: what each of the others changes."""
     rows = estimated(table)
     rows = rows[rows.difference.notna()]
-    told = [f"{series}: " + ", ".join(f"{x} {overall(at)}" for x, at in of.groupby("x", sort=False)) for series, of in rows.groupby("series", sort=False)]
-    if told:
-        yield (f"{design.question} At {sparsity:.0%}, perplexity against {design.axis} {rows.against.iloc[0]}, mean over texts. "
-               + ". ".join(told) + ".")
+    if len(rows):
+        yield f"{design.question} At {sparsity:.0%}, perplexity against {design.axis} {rows.against.iloc[0]}, mean over texts. {by_series(rows)}."
 
 
 def sparsity_words(table: pd.DataFrame) -> Iterator[str]:
-    figures = estimated(table)
+    figures, dense = estimated(table), dense_figures(table)
     figures = figures[(figures.method != DENSE) & (figures.metric == "perplexity")]
     for task, group in figures.groupby("task", sort=False):
         best = {x: at.loc[at.value.idxmin()].series for x, at in group.groupby("x", sort=False)}
         masks = {x: at.loc[at.value.idxmin()].series for x, at in group[~group.series.isin(["sparsegpt", WALK])].groupby("x", sort=False)}
-        yield (f"On {task.removesuffix('-perplexity')} text the lowest perplexity at each sparsity: " + ", ".join(f"{x} {s}" for x, s in best.items())
+        yield (f"On {task.removesuffix('-perplexity')} text (dense {dense[task]:.0f}) the lowest perplexity at each sparsity: " + ", ".join(f"{x} {s}" for x, s in best.items())
                + "; among methods that leave the kept weights alone: " + ", ".join(f"{x} {s}" for x, s in masks.items()) + ".")
 
 

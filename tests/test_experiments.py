@@ -120,8 +120,11 @@ def test_seeds_are_judged_one_by_one_and_by_their_mean_loss(config, folder):
         found = rows.loc["all", task]
         assert (found.value, found.difference, found.n) == (pytest.approx(mean), pytest.approx(mean / other - 1), len(walks[0]))
         assert rows.loc["1", task].difference == pytest.approx(float(metrics.difference(metrics.PERPLEXITY, walks[1], others[1])))
-    text = " ".join(findings.seeds_words(table, 0.5))
-    assert f"together {findings.gap(rows.loc['all', 'legal-perplexity'])}" in text and "over 2 seeds" in text
+    text = " ".join([*findings.seeds_words(table.assign(sparsity=0.5)), *findings.reached_again([table.assign(sparsity=0.5)])])
+    verdicts = [at.verdict[at.metric == "perplexity"] for at in (table[(table.series == "dpruner, walk") & (table.x == x)] for x in ("all", "0", "1"))]
+    better, each = (verdicts[0] == "better").sum(), sum((v == "better").sum() for v in verdicts[1:])
+    assert f"50%: {better} and" in text and "of 2 with the seeds' losses averaged" in text and f"averaged, {each} and" in text
+    assert f"averaged {findings.gap(rows.loc['all', 'legal-perplexity'])}" in text and "over 2 seeds" in text
 
 
 def test_what_is_done_is_not_done_again(done, config, folder, monkeypatch):
@@ -265,7 +268,7 @@ def test_tuned_models_are_compared_with_the_dense_one_tuned_alike(config, folder
         assert row.difference == pytest.approx(row.value / beside.value - 1) and row.against == experiments.TUNED
     run = next(experiment.run_of(p) for p in experiment.points() if p.series("magnitude") == experiments.TUNED and p.x == "full")
     assert all(m.all() for m in run.masks("magnitude", "legal").values())
-    text = " ".join(findings.finetune_words(table, 0.5))
+    text = " ".join(findings.finetune_words(table.assign(sparsity=0.5)))
     assert "against the dense model tuned alike" in text and "Tuning gives the dense model itself: full −" in text
 
 
