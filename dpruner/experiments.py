@@ -291,7 +291,7 @@ def _conduct(run: Run, point: Point, record: dict, cache, progress: Callable[[fl
     """One point: prune, tune where it is asked for, judge, and leave out what takes much room."""
     asked = RunConfig.from_dict(record["config"])
     config = dataclasses.replace(asked, **point.settings)
-    if not (run.folder / "metrics.parquet").is_file():
+    if not (run.folder / store.LAST).is_file():
         pipeline.run(config, folder=run.folder, cache=cache, watch=lambda status: progress(status.share / 2), waiting=waiting)
     if point.tune:
         finetuned(run, point.tune)

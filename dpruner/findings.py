@@ -30,8 +30,7 @@ holds here is a lead for them, not a proof.
 Perplexity is on held-out text, lower is better. Intervals are of 95 %, by bootstrap over windows of text; a difference is taken window by window
 on the same text and stands in per cent. **Bold** is better beyond its interval, *slanted* worse, plain is inside the noise.
 
-A pruned model is seldom better than the dense one, and only on text unlike what that was trained on; so where SparseGPT loses 2 %, hardly more than
-that can be won. The share of its loss that is
+A pruned model is seldom much better than the dense one, so where SparseGPT loses 2 %, hardly more than that can be won. The share of its loss that is
 taken back (log-likelihood on the same windows; 0 % as much lost as there, 100 % nothing lost) says how much of what can be won is won; it is left
 out where SparseGPT's loss itself is inside the noise.
 """

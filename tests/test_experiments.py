@@ -338,6 +338,16 @@ def test_the_goal_is_told_with_its_ceiling_and_where_it_is_missed():
     assert "Worse beyond the noise: 1." in told("goal", rows)
 
 
+def test_the_command_told_is_the_one_that_finds_the_experiment_again(config, tmp_path):
+    for limit, words in ((experiments.LIMIT, []), (7, ["--limit", "7"])):
+        experiment = prepared("seeds", dataclasses.replace(config, sparsity=0.6), values=[0, 1], tasks=["legal-perplexity"], limit=limit, root=tmp_path)
+        told = findings.command(experiment).split()[3:]
+        assert told[-len(words):] == words if words else "--limit" not in told
+        args = cli.parser().parse_args(told)
+        again = prepared(args.name, cli.settings(args, {}), values=args.value, tasks=args.task, limit=args.limit, root=tmp_path)
+        assert again.folder == experiment.folder
+
+
 def test_a_choice_is_told_by_its_mean_and_by_what_is_more_than_noise():
     text = told("granularities", [("row", "dpruner", "a", 90, -0.1, "better"), ("row", "dpruner", "b", 110, 1 / 0.9 - 1, "worse"),
                                   ("block", "dpruner", "a", 90, 0.001, "inside the noise")], "matrix")
