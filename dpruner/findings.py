@@ -315,7 +315,8 @@ def reached(tables: list[pd.DataFrame]) -> Iterator[str]:
     walk = pd.concat([t[t.series == WALK].assign(dense=t.task.map(dense_figures(t))) for t in tables], ignore_index=True)
     rows, back = walk[walk.difference.notna()], walk[walk.metric == TAKEN_BACK].value
     room = rows.dense * (1 + rows.difference) / rows.value - 1
-    told = [f"{float(x):.0%}: {first_and_both(at)}, where the dense model itself would reach both in {(room[at.index] < -FIRST_EVIDENCE).sum()}" for x, at in rows.groupby("x")]
+    told = [f"{float(x):.0%}: {first_and_both(at)}, where the dense model itself would reach both in {(room[at.index] < -FIRST_EVIDENCE).sum()}"
+            for x, at in rows.groupby("x")]
     yield (f"The goal: the dual walk better than SparseGPT on every text, beyond the noise, and by more than {FIRST_EVIDENCE:.0%} of perplexity. "
            f"Comparisons that reach the first, and both: {'; '.join(told)}. Worse beyond the noise: {(rows.verdict == WORSE).sum()}."
            + (f" Of what SparseGPT loses against the dense model the walk takes back {percent(back.median())} in the median, {spread(back, percent)} in all."
