@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -149,11 +151,14 @@ def read_table(path: Path, filters: list[tuple] | None = None) -> pd.DataFrame:
 
 
 def whole(path: Path) -> bool:
-    """Whether a file of tensors is there and as long as its header says."""
+    """Whether a file of tensors is there and as long as its header says, or a table is there with its footer, which is written last."""
     try:
+        if path.suffix == ".parquet":
+            pq.read_metadata(path)
+            return True
         with opened(path):
             return True
-    except InputError:
+    except (InputError, pa.ArrowException, OSError):
         return False
 
 

@@ -98,7 +98,7 @@ def to_go_on(run: Run) -> RunConfig:
 
 
 def damaged_files(run: Run) -> list[str]:
-    """Files of a finished run that are missing or cannot be read, by their paths in its folder; tensors are not read to their end.
+    """Files of a finished run that are missing or cannot be read, by their paths in its folder; they are opened, not read to their end.
 
     Raises:
         InputError: run.json is missing or damaged.
@@ -106,13 +106,8 @@ def damaged_files(run: Run) -> list[str]:
     config = run.config
     tensors = {*(run.path("masks", method, split_domain(d)[0]) for method in config["methods"] for d in config["domains"]),
                *run.folder.glob("*/*@*.safetensors")}
-    found = [path for path in tensors if not store.whole(path)]
-    for name in store.TABLES:
-        try:
-            store.read_table(run.folder / name)
-        except InputError:
-            found.append(run.folder / name)
-    return sorted(str(path.relative_to(run.folder)) for path in found)
+    files = [*tensors, *(run.folder / name for name in store.TABLES)]
+    return sorted(str(path.relative_to(run.folder)) for path in files if not store.whole(path))
 
 
 def start(run: Run, module: list[str], device: str | None) -> None:
