@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from analysis import comparisons
 from analysis.chart import AROUND, CELL_TEXT, FAINT, VERMILLION, Chart, colour_bar, columns, new_figure, number, plain
-from dpruner.findings import predicts, transfer
+from dpruner.transfer import predicts, transfer
 
 FLOOR = "random"   # its perplexities are so high that nothing else could be told apart beside them
 

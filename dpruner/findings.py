@@ -1,10 +1,9 @@
-"""docs/RESULTS.md, written from stored experiments: tables with intervals, and sentences that follow from them."""
+"""docs/RESULTS.md, written from stored experiments: their tables, and before them the sentences that follow from these."""
 
 import dataclasses
 import math
 import shlex
 from collections.abc import Callable, Iterator
-from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +13,10 @@ from dpruner.compensate import FISHER_ENOUGH
 from dpruner.config import RunConfig
 from dpruner.errors import InputError
 from dpruner.experiments import ALL, DESIGNS, LIMIT, TAKEN_BACK, TUNED, Design, Experiment, find_experiments
-from dpruner.metrics import BETTER, NOISE, WORSE
+from dpruner.markdown import dense_figures, estimated, gap, section, signed, speed, tried
+from dpruner.metrics import BETTER, WORSE
 from dpruner.store import read_json, replacing
+from dpruner.transfer import predicts, transfer
 from dpruner.variants import DENSE
 
 WALK = "dpruner, walk"
@@ -77,169 +78,6 @@ def command(experiment: Experiment) -> str:
     if record["limit"] != LIMIT:
         words += ["--limit", str(record["limit"])]
     return shlex.join(words)
-
-
-# ---- tables
-
-
-def signed(share: float) -> str:
-    return f"{100 * share:+.1f}".replace("-", "−")
-
-
-def gap(row) -> str:
-    """A difference with its interval, marked by what it says; "" where there is none."""
-    return "" if math.isnan(row.difference) else marked(row.difference, row.difference_low, row.difference_high, row.verdict)
-
-
-def marked(share: float, low: float, high: float, verdict: str) -> str:
-    text = f"{signed(share)} [{signed(low)}, {signed(high)}]"
-    return {BETTER: f"**{text}**", WORSE: f"*{text}*", NOISE: text}[verdict]
-
-
-def estimated(table: pd.DataFrame) -> pd.DataFrame:
-    """The figures that have an interval."""
-    return table[table.low.notna()]
-
-
-def dense_figures(table: pd.DataFrame) -> pd.Series:
-    """What the dense model is worth on each task; of the task's first metric."""
-    return table[table.method == DENSE].drop_duplicates("task").set_index("task").value
-
-
-def markdown(rows: list[list[str]], head: list[str]) -> list[str]:
-    return ["| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows]] + [""]
-
-
-def grid(table: pd.DataFrame, axis: str) -> Iterator[str]:
-    """A table for each domain and text: models down, values across; what walks take back of SparseGPT's loss stands below."""
-    figures = estimated(table)
-    shares, figures = figures[figures.metric == TAKEN_BACK], figures[figures.metric != TAKEN_BACK]
-    for (domain, task, metric), group in figures[figures.method != DENSE].groupby(["domain", "task", "metric"], sort=False):
-        dense = figures[(figures.method == DENSE) & (figures.task == task) & (figures.metric == metric)]
-        against = ", ".join(dict.fromkeys(group.against[group.against != ""]))
-        against = f"{axis} {against}" if against in set(figures.x) else against
-        text = task.removesuffix("-perplexity")
-        yield (f"Pruned for {domain}, {metric} on {text} text, n = {group.n.iloc[0]}" + (f", dense {dense.value.iloc[0]:.1f}" if len(dense) else "")
-               + (f"; differences to {against} in %" if against else "") + ".\n")
-        xs = list(dict.fromkeys(group.x))
-        rows = [[series, *_at(xs, of, lambda r: f"{r.value:.1f} {gap(r)}".strip())] for series, of in group.groupby("series", sort=False)]
-        below = shares[(shares.domain == domain) & (shares.task == task)]
-        rows += [[f"{series}: {TAKEN_BACK}", *_at(xs, of, share)] for series, of in below.groupby("series", sort=False)]
-        yield from markdown(rows, [axis, *xs])
-
-
-def _at(xs: list[str], rows: pd.DataFrame, told: Callable) -> list[str]:
-    """One cell for each place on the axis; empty where nothing was measured."""
-    by = {r.x: told(r) for r in rows.itertuples()}
-    return [by.get(x, "") for x in xs]
-
-
-def share(row) -> str:
-    return f"{row.value:.0%} [{row.low:.0%}, {row.high:.0%}]".replace("-", "−")
-
-
-def counted(table: pd.DataFrame) -> Iterator[str]:
-    """Figures without an interval, as a table."""
-    exact = table[table.low.isna()]
-    if len(exact):
-        rows = [[r.x, r.series, r.domain, r.task, r.metric, f"{r.value:.3f}" if "jaccard" in r.metric else f"{r.value:,.0f} of {r.n:,}"]
-                for r in exact.itertuples()]
-        yield from markdown(rows, ["at", "method", "domain", "other", "figure", "value"])
-
-
-def section(experiment: Experiment, table: pd.DataFrame) -> Iterator[str]:
-    """What one experiment found."""
-    name, values = experiment.record["name"], [str(value) for value in experiment.record["values"]]
-    if missing := [value for value in values if value not in set(table.x)]:
-        yield f"Not measured yet: {', '.join(missing)}; the command goes on from there.\n"
-    if name == "transfer":
-        yield from transfer_section(table)
-    elif name == "calibration":
-        yield from calibration_section(table)
-    else:
-        yield from grid(table, experiment.design.axis)
-        yield from (counted(table) if name == "lambda" else ())
-
-
-def calibration_section(table: pd.DataFrame) -> Iterator[str]:
-    """Mean and spread over seeds, beside how alike the masks are."""
-    figures = estimated(table)
-    figures = figures[figures.method != DENSE]
-    alike = table[table.metric == "jaccard between seeds"].groupby("x").value.mean()
-    rows = [[x, task.removesuffix("-perplexity"), f"{of.value.mean():.2f}", f"{of.value.min():.2f} to {of.value.max():.2f}", f"{alike.get(x, math.nan):.3f}"]
-            for (x, task), of in figures.groupby(["x", "task"], sort=False)]
-    yield from markdown(rows, ["sequences", "text", "mean perplexity over seeds", "lowest to highest seed", "Jaccard of masks between seeds"])
-    ceiling = table[table.metric == "jaccard ceiling"]
-    yield "Masks of two halves of the same text share " + ", ".join(f"{r.value:.3f} (of {r.x} sequences)" for r in ceiling.itertuples()) + \
-        "; random masks share " + f"{table[table.metric == 'jaccard floor'].value.mean():.3f}.\n"
-
-
-# ---- transfer
-
-
-def transfer(table: pd.DataFrame) -> pd.DataFrame:
-    """How much worse every mask is than the text's own, beside how alike the two masks are.
-
-    Returns:
-        Columns mask, text, value (perplexity), excess, low, high (shares, against the text's own mask), verdict, jaccard; texts without a mask
-        are left out.
-    """
-    figures = estimated(table)
-    figures = figures[figures.method != DENSE]
-    alike = {}
-    for r in table[table.metric == "jaccard"].itertuples():
-        alike[r.domain, r.task] = alike[r.task, r.domain] = r.value
-    rows = []
-    for r in figures.itertuples():
-        text = r.task.removesuffix("-perplexity")
-        if text in set(figures.domain):
-            rows.append((r.domain, text, r.value, r.difference, r.difference_low, r.difference_high, r.verdict, alike.get((r.domain, text), math.nan)))
-    return pd.DataFrame(rows, columns=["mask", "text", "value", "excess", "low", "high", "verdict", "jaccard"])
-
-
-def predicts(found: pd.DataFrame) -> tuple[float, float]:
-    """Whether like masks serve each other's texts: Spearman's correlation of Jaccard and excess over ordered pairs, and its permutation p-value.
-
-    Domains, not pairs, are permuted (Mantel's test), because the pairs of one domain hang together. One-sided: likeness should mean less excess.
-
-    Returns:
-        (correlation, p); NaN with fewer than three domains.
-    """
-    names = list(dict.fromkeys(found["mask"]))
-    if len(names) < 3:
-        return math.nan, math.nan
-    excess = found.pivot(index="mask", columns="text", values="excess").loc[names, names].to_numpy()
-    alike = found.pivot(index="mask", columns="text", values="jaccard").loc[names, names].to_numpy()
-    apart = ~np.eye(len(names), dtype=bool)
-
-    def correlation(order) -> float:
-        ranks = [pd.Series(m[apart]).rank() for m in (alike[np.ix_(order, order)], excess)]
-        return float(ranks[0].corr(ranks[1]))
-
-    orders = list(permutations(range(len(names)))) if len(names) <= 7 else [np.random.default_rng(i).permutation(len(names)) for i in range(5000)]
-    mine = correlation(range(len(names)))
-    return mine, float(np.mean([correlation(list(order)) <= mine + 1e-12 for order in orders]))
-
-
-def transfer_section(table: pd.DataFrame) -> Iterator[str]:
-    found = transfer(table)
-    names = list(dict.fromkeys(found["mask"]))
-    by = {(r.mask, r.text): r for r in found.itertuples()}
-    yield "Perplexity of each domain's mask (down) on each domain's text (across); beside it how much worse than the text's own mask, in %.\n"
-    dense = dense_figures(table)
-
-    def cell(of) -> str:
-        return f"{of.value:.1f}" + (f" {marked(of.excess, of.low, of.high, of.verdict)}" if of.mask != of.text else "")
-
-    yield from markdown([*([m, *(cell(by[m, t]) for t in names)] for m in names),
-                         [DENSE, *(f"{dense[f'{t}-perplexity']:.1f}" for t in names)]], ["mask \\ text", *names])
-    yield "Jaccard similarity of the same masks.\n"
-    yield from markdown([[m, *("1" if m == t else f"{by[m, t].jaccard:.3f}" for t in names)] for m in names], ["", *names])
-    floor, ceiling, halves = (table[table.metric == f"jaccard {which}"].value for which in ("floor", "ceiling", "halves"))
-    rho, p = predicts(found)
-    yield (f"Random masks share {floor.mean():.3f}. From half the text each, masks of one domain share {ceiling.min():.3f} to {ceiling.max():.3f}, "
-           f"masks of two {halves.min():.3f} to {halves.max():.3f}.\n")
-    yield (f"Similarity against excess: Spearman {rho:+.2f}, p = {p:.3f} over permutations of the domains.\n".replace("-", "−"))
 
 
 # ---- sentences
@@ -413,31 +251,6 @@ def transfer_words(table: pd.DataFrame) -> Iterator[str]:
     yield (f"Similarity of masks {'predicts' if rho < 0 and p < 0.05 else 'is not shown to predict'} how well one serves another's text "
            f"(Spearman {rho:+.2f}, p = {p:.2f}). Of {len(borrowed)} borrowed masks {(borrowed.verdict == WORSE).sum()} are worse than the text's own beyond "
            f"the noise".replace("-", "−") + (f", {len(better)} better: on {on}." if len(better) else "."))
-
-
-def tried(path: Path) -> Iterator[str]:
-    """What was tried on the walk by programs that are not kept, as a table of stored figures."""
-    if not path.is_file():
-        return
-    found = read_json(path)
-    yield f"## What was tried on the walk\n\n{found['about']}\n"
-    texts = list(found["rows"][0]["figures"])
-    yield from markdown([[r["what"], f"{r['domain']}, {r['sparsity']:.0%}", *(r["figures"][t] for t in texts), r["verdict"]] for r in found["rows"]],
-                        ["what", "where", *texts, ""])
-
-
-def speed(path: Path) -> Iterator[str]:
-    """What zeros buy, as tests/bench_speed.py has measured it."""
-    if not path.is_file():
-        return
-    found = read_json(path)
-    yield f"## What do zeros buy?\n\nMeasured by `make bench` on {found['machine']}; a {found['shape'][0]} × {found['shape'][1]} matrix in float32 times 1 or 64 tokens.\n"
-    yield from markdown([[r["how"], f"{r['sparsity']:.0%}", str(r["tokens"]), f"{r['value']:.2f}× ({r['low']:.2f} to {r['high']:.2f})"]
-                         for r in found["products"]], ["product", "zeros", "tokens", "speed against dense"])
-    if not any("2:4" in r["how"] for r in found["products"]):
-        yield "2:4 kernels need an NVIDIA GPU and were not measured here.\n"
-    names = [n for n in found["bytes"][0] if n not in ("sparsity", "bytes dense")]
-    yield from markdown([[f"{r['sparsity']:.0%}", *(f"{r[n]:.2f}" for n in names)] for r in found["bytes"]], ["bytes, as a share of dense bfloat16", *names])
 
 
 def time_words(path: Path) -> Iterator[str]:

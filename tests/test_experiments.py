@@ -14,7 +14,7 @@ from streamlit.testing.v1 import AppTest
 
 from analysis import experiments as figures
 from app import state
-from dpruner import RunConfig, cli, evaluations, experiments, findings, finetune, metrics, pipeline, store, worker
+from dpruner import RunConfig, cli, evaluations, experiments, findings, finetune, markdown, metrics, pipeline, store, worker
 from dpruner.baselines import magnitude
 from dpruner.domain import next_token_loss
 from dpruner.errors import InputError
@@ -22,9 +22,11 @@ from dpruner.experiments import DESIGNS, conduct, find_experiments, prepared
 from dpruner.masks import make_masks, pruned
 from dpruner.model import fingerprint
 from dpruner.store import Run
+from dpruner.transfer import predicts, transfer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-MAIN = str(Path(__file__).parents[1] / "app" / "main.py")
+ROOT = Path(__file__).parents[1]
+MAIN = str(ROOT / "app" / "main.py")
 BRIEF = {"nsamples": 4, "seqlen": 16, "eval_documents": 1, "eval_seqlen": 64, "general_mode": "static", "device": "cpu"}
 
 
@@ -124,7 +126,7 @@ def test_seeds_are_judged_one_by_one_and_by_their_mean_loss(config, folder):
     verdicts = [at.verdict[at.metric == "perplexity"] for at in (table[(table.series == "dpruner, walk") & (table.x == x)] for x in ("all", "0", "1"))]
     better, each = (verdicts[0] == "better").sum(), sum((v == "better").sum() for v in verdicts[1:])
     assert f"50%: {better} and" in text and "of 2 with the seeds' losses averaged" in text and f"averaged, {each} and" in text
-    assert f"averaged {findings.gap(rows.loc['all', 'legal-perplexity'])}" in text and "over 2 seeds" in text
+    assert f"averaged {markdown.gap(rows.loc['all', 'legal-perplexity'])}" in text and "over 2 seeds" in text
 
 
 def test_what_is_done_is_not_done_again(done, config, folder, monkeypatch):
@@ -200,16 +202,16 @@ def test_similarity_that_predicts_is_found_and_noise_is_not():
     generator = np.random.default_rng(0)
     alike = np.triu(generator.random((6, 6)), 1)
     alike += alike.T
-    rho, p = findings.predicts(findings.transfer(table_of_transfer(1 - alike, alike, "abcdef")))
+    rho, p = predicts(transfer(table_of_transfer(1 - alike, alike, "abcdef")))
     assert rho == pytest.approx(-1) and p == pytest.approx(1 / 720)
-    ps = [findings.predicts(findings.transfer(table_of_transfer(generator.random((4, 4)), alike[:4, :4])))[1] for _ in range(60)]
+    ps = [predicts(transfer(table_of_transfer(generator.random((4, 4)), alike[:4, :4])))[1] for _ in range(60)]
     assert 0.3 < np.mean(ps) < 0.75 and np.mean(np.array(ps) < 0.05) < 0.15
-    assert np.isnan(findings.predicts(findings.transfer(table_of_transfer(alike[:2, :2], alike[:2, :2], "ab")))).all()
+    assert np.isnan(predicts(transfer(table_of_transfer(alike[:2, :2], alike[:2, :2], "ab")))).all()
 
 
 def test_every_mask_is_judged_on_every_text_against_the_texts_own(transferred):
     _, table = transferred
-    found = findings.transfer(table)
+    found = transfer(table)
     assert len(found) == 9 and found[found["mask"] != found["text"]].excess.notna().all()
     by = found.set_index(["mask", "text"])
     assert by.excess["code", "legal"] == pytest.approx(by.value["code", "legal"] / by.value["legal", "legal"] - 1)
@@ -307,11 +309,16 @@ def test_the_report_tells_the_figures_and_the_command(folder, done, transferred,
     for experiment, table in (done, transferred):
         assert findings.command(experiment) in text
     row = done[1].set_index(["x", "series", "task"]).loc[("0.6", "dpruner, walk", "legal-perplexity")]
-    assert f"{row.value:.1f} {findings.gap(row)}" in text
+    assert f"{row.value:.1f} {markdown.gap(row)}" in text
     marks = {"better": "**", "worse": "*", "inside the noise": ""}
     for verdict, mark in marks.items():
-        told = findings.gap(pd.Series({"difference": -0.1, "difference_low": -0.2, "difference_high": 0.05, "verdict": verdict}))
+        told = markdown.gap(pd.Series({"difference": -0.1, "difference_low": -0.2, "difference_high": 0.05, "verdict": verdict}))
         assert told == f"{mark}−10.0 [−20.0, +5.0]{mark}"
+
+
+def test_the_stored_results_say_what_the_report_says(tmp_path):
+    findings.write(ROOT / "docs" / "results", tmp_path / "R.md")
+    assert (tmp_path / "R.md").read_bytes() == (ROOT / "docs" / "RESULTS.md").read_bytes()
 
 
 def told(name: str, rows: list[tuple], axis: str = "0.5") -> str:
