@@ -1,7 +1,8 @@
 """Experiments: one question each, asked of several runs that differ in declared settings and are judged on the same texts.
 
 An experiment is a folder: `experiment.json` (what was asked), `status.json`, `points/<point>/` (a run folder each, without its large files once it
-is judged) and `results.parquet`. Its name follows from what is asked, so the same command goes on where an earlier one stopped.
+is judged) and `results.parquet`. Its name follows from what is asked, so the same command goes on where an earlier one stopped: on the same files
+only, whose fingerprints are kept.
 """
 
 import dataclasses
@@ -15,15 +16,16 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from dpruner import evaluations, metrics, pipeline, store
-from dpruner.calibration import load_texts
+from dpruner import evaluations, files, metrics, pipeline, store
+from dpruner.calibration import builtin_domains, load_texts
 from dpruner.config import RunConfig, split_domain
 from dpruner.errors import InputError
 from dpruner.finetune import finetuned
+from dpruner.hub import CATALOGUE
 from dpruner.masks import jaccard, jaccard_floor
 from dpruner.status import Status
 from dpruner.store import LazyMasks, Run
-from dpruner.tasks import Task, drawn, text_task
+from dpruner.tasks import Task, builtin_tasks, drawn, text_task
 from dpruner.variants import DENSE
 
 MASKS = ("dpruner", "wanda", "magnitude", "general", "domain", "random")
@@ -180,7 +182,7 @@ class Experiment(Run):
 
     @property
     def record(self) -> dict:
-        """experiment.json: its name, settings, values, tasks, limit, seed, and when it was made.
+        """experiment.json: its name, settings, values, tasks, limit, fingerprints of its files, and when it was made.
 
         Raises:
             InputError: the file is missing or damaged, or of an experiment this version does not know.
@@ -201,6 +203,20 @@ class Experiment(Run):
 
     def run_of(self, point: Point) -> Run:
         return Run(self.folder / "points" / point.slug)
+
+    def require_same_files(self) -> None:
+        """Refuse texts and tasks that are not what they were: figures of two contents would stand in one table.
+
+        A file that was not fingerprinted, as by an earlier version of this program, is taken as it is.
+
+        Raises:
+            InputError: names the first file that has changed or is gone.
+        """
+        for name, then in self.record.get("files", {}).items():
+            path = files.existing(name)
+            if path is None or files.fingerprint(path) != then:
+                raise InputError(f"The experiment {self.id} cannot go on", f"{name!r} has changed since it began, and its earlier figures are of the old content",
+                                 f"bring the old content back, or give the new one another name, or delete {self.folder} to begin anew")
 
     def results(self) -> pd.DataFrame:
         """results.parquet, one row for each figure: COLUMNS.
@@ -224,7 +240,7 @@ def prepared(name: str, config: RunConfig, *, values: Sequence | None = None, ta
         root: folder of the experiments.
 
     Raises:
-        InputError: the name, a value or a setting cannot be used.
+        InputError: the name, a value or a setting cannot be used, or a file is gone or no longer what the experiment began with.
     """
     if name not in DESIGNS:
         raise InputError(f"The experiment {name!r} is not known", "each asks one question", f"choose one of {', '.join(DESIGNS)}")
@@ -248,9 +264,20 @@ def prepared(name: str, config: RunConfig, *, values: Sequence | None = None, ta
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
     labels = "-".join(split_domain(d)[0] for d in config.domains)
     experiment = Experiment(Path(root) / f"{name}-{labels[:60]}-{digest}")
-    if not (experiment.folder / "experiment.json").is_file():
-        store.write_json(experiment.folder / "experiment.json", {**asked, "created": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+    if (experiment.folder / "experiment.json").is_file():
+        experiment.require_same_files()
+    else:
+        store.write_json(experiment.folder / "experiment.json", {**asked, "files": _fingerprints(config, tasks or ()),
+                                                                 "created": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
     return experiment
+
+
+def _fingerprints(config: RunConfig, tasks: Sequence[str]) -> dict[str, str]:
+    """{path as it was given: its fingerprint} of all texts and tasks that are files or folders."""
+    known = {*builtin_domains(), *builtin_tasks(), *CATALOGUE}
+    sources = [split_domain(str(name))[1] for name in (*config.domains, config.general, *tasks)]
+    paths = {source: files.existing(source) for source in dict.fromkeys(sources) if source not in known}
+    return {source: files.fingerprint(path) for source, path in paths.items() if path}
 
 
 def conduct(experiment: Experiment, *, cache: str | Path = "cache", watch: Callable[[Status], None] | None = None,
@@ -276,6 +303,7 @@ def conduct(experiment: Experiment, *, cache: str | Path = "cache", watch: Calla
         for number, point in enumerate(points):
             run, status.about = experiment.run_of(point), f"point {number + 1} of {len(points)}"
             status.step(point.slug, 0, 100)
+            experiment.require_same_files()
             if not is_judged(run):
                 if dense:
                     shutil.copytree(dense, run.folder / evaluations.FOLDER / DENSE, dirs_exist_ok=True)

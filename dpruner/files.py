@@ -6,6 +6,7 @@
 import codecs
 import glob
 import gzip
+import hashlib
 import itertools
 import json
 import os
@@ -70,6 +71,23 @@ def documents(path: Path, column: str | None = None) -> list[str]:
     if not found:
         raise InputError(f"No text was found in {str(path)!r}", "all of it is blank", "add text, or give another file")
     return found
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 in hex of a file, or over the names and bytes of the files in a folder that `documents` reads.
+
+    Raises:
+        InputError: there is no such file, or it cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        for file in _usable_files(path) if path.is_dir() else [path]:
+            with open(file, "rb") as opened:
+                content = hashlib.file_digest(opened, "sha256").digest()
+            digest.update(file.relative_to(path).as_posix().encode() + b"\0" + content)
+    except OSError as error:
+        raise _unreadable(path, error.strerror.lower() if error.strerror else reason(error), "make it readable") from error
+    return digest.hexdigest()
 
 
 def pieces(text: str) -> list[str]:

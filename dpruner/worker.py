@@ -58,11 +58,12 @@ def submit_experiment(experiment: "Experiment", cache: str | Path = "cache") -> 
     """Put an experiment into the queue of its device, new or to go on; `state` and `cancel` take it like a run.
 
     Raises:
-        InputError: it is going on already, or its settings do not work here.
+        InputError: it is going on already, its files are not what they were, or its settings do not work here.
     """
     config = RunConfig.from_dict(experiment.config)
     if (experiment.folder / "status.json").is_file() and state(experiment)["state"] in ("queued", "running"):
         raise InputError(f"The experiment {experiment.id} is going on already", "it has not ended yet", "wait for it, or cancel it")
+    experiment.require_same_files()
     pick_device(config.device)
     start(experiment, ["dpruner.worker", str(experiment.folder), str(cache)], config.device)
 

@@ -186,6 +186,50 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_written(name, values
     assert not any(tmp_path.iterdir())
 
 
+# ---- files
+
+
+def test_changed_texts_are_not_taken_for_the_old_ones(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text, folder, task = Path("text.txt"), Path("texts"), Path("task.jsonl")
+    folder.mkdir()
+    for path in (text, folder / "a.txt", task):
+        path.write_text("one\n\ntwo")
+    asked = dataclasses.replace(config, domains=("mine=text.txt", "legal"), general="open=texts")
+    experiment = prepared("sparsity", asked, values=[0.5], tasks=["finance-choice", "t=task.jsonl"], root="e")
+    assert set(experiment.record["files"]) == {"text.txt", "texts", "task.jsonl"}
+    for path, name in ((text, "text.txt"), (folder / "b.txt", "texts"), (folder / "a.txt", "texts"), (task, "task.jsonl")):
+        before = path.read_text() if path.exists() else None
+        path.write_text("other")
+        for again in (lambda: prepared("sparsity", asked, values=[0.5], tasks=["finance-choice", "t=task.jsonl"], root="e"),
+                      lambda: worker.submit_experiment(experiment), lambda: conduct(experiment, cache="cache")):
+            with pytest.raises(InputError, match=f"'{name}' has changed since it began"):
+                again()
+        assert experiment.status["state"] == "failed" and not (experiment.folder / "points").exists()
+        path.unlink() if before is None else path.write_text(before)
+        experiment.require_same_files()
+    task.unlink()
+    with pytest.raises(InputError, match="'task.jsonl' was not found"):
+        experiment.require_same_files()
+    store.write_json(experiment.folder / "experiment.json", {k: v for k, v in experiment.record.items() if k != "files"})
+    experiment.require_same_files()   # of an earlier version, which kept no fingerprints
+
+
+def test_stored_experiments_keep_their_names(tmp_path, monkeypatch):
+    stored = find_experiments(ROOT / "docs" / "results")
+    assert len(stored) > 10
+    monkeypatch.chdir(tmp_path)
+    Path("experiments/texts").mkdir(parents=True)
+    for found in stored:
+        record = found.record
+        config = RunConfig.from_dict(record["config"])
+        for named in (*config.domains, config.general, *(record["tasks"] or ())):
+            if named.endswith(".jsonl"):
+                Path(named.partition("=")[2]).write_text("{}")
+        again = prepared(record["name"], config, values=record["values"], tasks=record["tasks"], limit=record["limit"], root="again")
+        assert again.id == found.id
+
+
 # ---- transfer
 
 
