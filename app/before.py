@@ -7,10 +7,10 @@ import streamlit as st
 
 from analysis.chart import listed
 from app import data, state, uploads, widgets
-from app.units import duration, size
 from dpruner import RunConfig, estimate, worker
 from dpruner.loading import pick_device
 from dpruner.model import count_weights, decoder_blocks, max_length, skipped_weights
+from dpruner.units import duration, size
 
 
 def card(settings: dict, refused: list[str]) -> None:

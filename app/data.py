@@ -9,11 +9,12 @@ import streamlit as st
 from analysis import matrices, overlap, results, similarity, weighing, weights
 from analysis.glance import Glance, read_glance
 from analysis.sparsity import at_least, part_counts, rank_spread, stats_spread, threshold
-from dpruner import estimate, loading, report, store
+from dpruner import RunConfig, estimate, experiments, loading, report, store
 from dpruner.calibration import load_texts
 from dpruner.config import split_domain
 from dpruner.errors import InputError
-from dpruner.loading import DTYPES
+from dpruner.experiments import Experiment
+from dpruner.loading import DTYPES, pick_device
 from dpruner.store import Run
 
 LARGE = 500_000_000   # weights beyond which reading every rank takes more than a moment
@@ -211,6 +212,19 @@ def texts(source: str, split: str, column: str | None = None, limit: int | None 
 def speed(name: str, revision: str | None, device: str, dtype: str) -> estimate.Speed:
     """Speed of a device at the shapes of a model."""
     return estimate.measure_speed(blank_model(name, revision), device, DTYPES[dtype])
+
+
+@st.cache_data(max_entries=64, ttl=60, show_spinner="Estimating the time …")
+def _foreseen(question: dict, folder: str, done: int) -> str:
+    config = RunConfig.from_dict(question["config"])
+    model, device = blank_model(config.model, config.revision), str(pick_device(config.device))
+    dtype = str(estimate.precision(config, model, device)).removeprefix("torch.")
+    return experiments.foreseen(question, Experiment(folder), model=model, speed=speed(config.model, config.revision, device, dtype)).words
+
+
+def foreseen(question: dict, experiment: Experiment) -> str:
+    """How long what an experiment has not done yet will take, in words; arguments as `dpruner.experiments.foreseen` takes them."""
+    return _foreseen(question, str(experiment.folder), len(list(experiment.folder.glob("points/*/judged.json"))))
 
 
 def _changed(path: Path) -> float:

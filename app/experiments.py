@@ -6,11 +6,12 @@ import streamlit as st
 
 from analysis import experiments as figures
 from analysis.chart import listed
-from app import state, widgets
-from app.units import duration
+from app import data, state, widgets
 from dpruner import RunConfig, worker
-from dpruner.experiments import DESIGNS, Experiment, find_experiments, prepared
+from dpruner.designs import DESIGNS
+from dpruner.experiments import Experiment, asked, find_experiments, place, prepared
 from dpruner.store import Run
+from dpruner.units import duration
 
 
 def root():
@@ -39,14 +40,18 @@ def section(run: Run) -> None:
 
 def begin(run: Run) -> None:
     """Choose a question and start."""
-    question, button = st.columns([4, 1], vertical_alignment="bottom")
-    name = question.selectbox("Question", list(DESIGNS), key="results-question", format_func=lambda n: DESIGNS[n].question)
+    left, button = st.columns([4, 1], vertical_alignment="bottom")
+    name = left.selectbox("Question", list(DESIGNS), key="results-question", format_func=lambda n: DESIGNS[n].question)
     design, config = DESIGNS[name], RunConfig.from_dict(run.config)
     values = st.multiselect(f"At ({design.axis})", list(design.values), list(design.values), key=f"results-values-{name}")
+    shared = dataclasses.replace(config, compensate=None)
+    with widgets.guarded():
+        question = asked(name, shared, values=values or None)
+        st.caption(data.foreseen(question, place(question, root())) or "All of its points are done.")
     if button.button("Start", key="results-experiment-start", icon=":material/science:", width="stretch",
                      help=f"For {listed(config.domains)}, with the other settings of {run.id}."):
         with widgets.guarded():
-            experiment = prepared(name, dataclasses.replace(config, compensate=None), values=values or None, root=root())
+            experiment = prepared(name, shared, values=values or None, root=root())
             worker.submit_experiment(experiment, state.CACHE)
             st.session_state["results-experiment"] = experiment.id
             st.rerun()
@@ -60,7 +65,7 @@ def watch(experiment: Experiment) -> None:
         status = worker.state(experiment) if known else {"state": "not started"}
         if status["state"] in ("queued", "running"):
             st.progress(min(1.0, status["progress"]), f"{status['about'] or 'starting'} · {status['stage']} · {status['progress']:.0%}"
-                        + (f" · about {duration(status['eta_seconds'])} left" if status.get("eta_seconds") else ""))
+                        + (f" · about {duration(status['eta_seconds'])} left, by what is done so far" if status.get("eta_seconds") else ""))
             if st.button("Cancel", key="results-experiment-cancel", icon=":material/cancel:"):
                 worker.cancel(experiment)
         elif status["state"] != "done":

@@ -3,10 +3,10 @@
 import streamlit as st
 
 from app import sofar, state, widgets
-from app.units import duration
 from dpruner import store, worker
 from dpruner.errors import InputError
 from dpruner.store import Run
+from dpruner.units import duration
 
 LOG_LINES = 40
 

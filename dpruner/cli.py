@@ -303,6 +303,10 @@ def command_experiment(args: argparse.Namespace) -> None:
         written = findings.write(args.experiments, args.to)
         return print(json.dumps({"file": str(args.to), "experiments": written}) if args.json else f"Wrote {args.to} from {len(written)} experiments.")
     experiment = experiments.prepared(args.name, settings(args, {}), values=args.value, tasks=args.task, limit=args.limit, root=args.experiments)
+    with quiet_libraries():
+        ahead = experiments.foreseen(experiment.record, experiment).words
+        if ahead:
+            print(f"{experiment.id}: {ahead}", file=sys.stderr)
     with quiet_libraries(), _watching() as watch:
         table = experiments.conduct(experiment, cache=args.cache, watch=watch)
     if args.json:

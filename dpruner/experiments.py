@@ -12,169 +12,31 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 
 from dpruner import evaluations, files, metrics, pipeline, store
 from dpruner.calibration import builtin_domains, load_texts
 from dpruner.config import RunConfig, split_domain
+from dpruner.designs import DESIGNS, Design, Point, points_of
 from dpruner.errors import InputError
 from dpruner.finetune import finetuned
+from dpruner.forecast import Forecast, Judged, Seconds, forecast, outlined_task, outlined_texts
 from dpruner.hub import CATALOGUE
 from dpruner.masks import jaccard, jaccard_floor
 from dpruner.status import Status
 from dpruner.store import LazyMasks, Run
-from dpruner.tasks import Task, builtin_tasks, drawn, text_task
+from dpruner.tasks import Task, builtin_tasks, drawn, load_task, text_task
 from dpruner.variants import DENSE
 
-MASKS = ("dpruner", "wanda", "magnitude", "general", "domain", "random")
-BOTH = {"baseline_calibration": "mix"}   # the baselines see every text that D-Pruner sees
 FROM_RUNS = ("jaccard", "jaccard floor", "jaccard ceiling", "jaccard halves", "decisions changed by λ")   # figures of a run that its experiment keeps
 LARGE = ("weights", "ranks", "edges")   # folders of a point that nothing needs once it is judged
-TUNED = "dense, tuned"   # the dense model, tuned as the pruned ones are
 LIMIT = 100     # items of a task
+STEPS = 100     # that a point is told in
 ALL = "all"     # seeds together
 TAKEN_BACK = "share of sparsegpt's loss taken back"
 COLUMNS = ("x", "series", "method", "domain", "task", "metric", "value", "low", "high", "n", "against", "difference", "difference_low",
            "difference_high", "verdict")
-
-
-class Point(NamedTuple):
-    """One run of an experiment.
-
-    Attributes:
-        x: where it stands on the axis.
-        variant: what tells its methods from the same ones of other points at that place; "" where nothing needs to, TUNED where nothing is removed.
-        settings: what it changes in the settings of the experiment.
-        tune: how its models are tuned afterwards, as `finetune.finetuned` takes it; None leaves them.
-    """
-
-    x: str
-    variant: str
-    settings: dict
-    tune: str | None = None
-
-    @property
-    def slug(self) -> str:
-        """Its folder's name."""
-        return "-".join(part.replace(" ", "-").replace(":", "of") for part in (self.x, self.variant) if part)
-
-    def series(self, method: str) -> str:
-        """What a table calls one of its methods."""
-        return TUNED if self.variant == TUNED else f"{method}, {self.variant}" if self.variant else method
-
-
-@dataclasses.dataclass(frozen=True)
-class Design:
-    """What an experiment asks and how.
-
-    Attributes:
-        question: in words.
-        axis: what the values on it are.
-        values: the usual ones.
-        points: value -> the runs at it.
-        against: what every figure is compared with, on the same items: ("series", name), at the same value, or ("x", value), of the same series.
-        reading: what to know when reading its figures.
-    """
-
-    question: str
-    axis: str
-    values: tuple
-    points: Callable[[object], list[Point]]
-    against: tuple[str, str]
-    reading: str
-
-
-def _sparsity(s) -> list[Point]:
-    return [Point(str(s), "", {"sparsity": s, "methods": (*MASKS, "sparsegpt"), "compensate": None, **BOTH}),
-            Point(str(s), "walk", {"sparsity": s, "methods": ("dpruner",), "compensate": "walk"})]
-
-
-def _walk(s) -> list[Point]:
-    walk = {"sparsity": s, "methods": ("dpruner",), "compensate": "walk"}
-    return [Point(str(s), "", {"sparsity": s, "methods": ("sparsegpt",), **BOTH}),
-            Point(str(s), "walk", walk), Point(str(s), "walk, even", walk | {"allot": "even"}),
-            Point(str(s), "walk, not refined", walk | {"refine": 0}), Point(str(s), "walk of METHOD", walk | {"allot": "even", "refine": 0}),
-            Point(str(s), "walk, refined only", walk | {"allot": "even", "lam": 0.0})]   # SparseGPT's own score: what the steps alone give it
-
-
-def _goal(s) -> list[Point]:
-    return _walk(s)[:2]
-
-
-def _seeds(seed) -> list[Point]:
-    return [Point(str(seed), "", {"seed": seed, "methods": ("sparsegpt",), **BOTH}),
-            Point(str(seed), "walk", {"seed": seed, "methods": ("dpruner",), "compensate": "walk"})]
-
-
-def _lam(lam) -> list[Point]:
-    return [Point(str(lam), "", {"lam": float(lam), "methods": ("dpruner",), "compensate": None}),
-            Point(str(lam), "walk", {"lam": float(lam), "methods": ("dpruner",), "compensate": "walk"})]
-
-
-def _formula(name) -> list[Point]:
-    return [Point(name, variant, {"formula": name, "methods": ("dpruner",), "compensate": compensate})
-            for variant, compensate in (("", None), ("after", "after"))]
-
-
-def _granularity(name) -> list[Point]:
-    n_of_m = {"sparsity": 1 - int(name.split(":")[0]) / int(name.split(":")[1])} if ":" in name else {}
-    return [Point(name, variant, {"granularity": name, "methods": ("dpruner",), "compensate": compensate, **n_of_m})
-            for variant, compensate in (("", None), ("after", "after"))]
-
-
-def _calibration(nsamples) -> list[Point]:
-    return [Point(str(nsamples), f"seed {seed}", {"nsamples": int(nsamples), "seed": seed, "methods": ("dpruner",), "halves": seed == 0})
-            for seed in range(3)]
-
-
-def _text(kind) -> list[Point]:
-    return [Point(kind, "", {"baseline_calibration": kind, "methods": ("wanda", "sparsegpt")}),
-            Point(kind, "walk", {"hessian": kind, "methods": ("dpruner",), "compensate": "walk"})]
-
-
-def _transfer(s) -> list[Point]:
-    return [Point(str(s), "", {"sparsity": s, "methods": ("dpruner",), "halves": True})]
-
-
-def _finetune(how) -> list[Point]:
-    tune = None if how == "none" else how
-    return [Point(how, "", {"methods": ("dpruner", "sparsegpt", "magnitude"), "compensate": None, **BOTH}, tune),
-            Point(how, "walk", {"methods": ("dpruner",), "compensate": "walk"}, tune),
-            Point(how, TUNED, {"methods": ("magnitude",), "sparsity": 0.0, "compensate": None}, tune)]   # no mask: nothing to compare but the tuning
-
-
-TENTHS = tuple(round(0.1 * i, 1) for i in range(1, 9))
-DESIGNS = {
-    "sparsity": Design("How much can go, and by which method?", "sparsity", TENTHS, _sparsity, ("series", "sparsegpt"),
-                       "Baselines see the text of the domain and of the open domain, all that D-Pruner sees. Only sparsegpt and the walk move the kept weights."),
-    "goal": Design("Does the dual score in the walk beat SparseGPT, in the domain and outside it?", "sparsity", (0.3, 0.4, 0.5, 0.6, 0.7, 0.8), _goal,
-                   ("series", "sparsegpt"), "Both see the same text of the domain and of the open domain."),
-    "seeds": Design("Does the walk beat SparseGPT whatever calibration text is drawn?", "seed", (0, 1, 2), _seeds, ("series", "sparsegpt"),
-                    "Each seed draws other calibration sequences, for both methods alike; 'all' is the mean of the seeds' losses on each window, so its "
-                    "interval is narrower than a seed's. It tells of other held-out text, the columns beside it of other calibration text."),
-    "walk": Design("What makes the walk as good as it is?", "sparsity", (0.5, 0.7), _walk, ("series", "sparsegpt"),
-                   "The walk has three parts: the dual score, sparsity allotted by loss, least-squares steps. 'even' is without the second, 'not refined' "
-                   "without the third, 'of METHOD' the dual score alone, 'refined only' SparseGPT's own score with the steps: what SparseGPT would gain "
-                   "by them."),
-    "lambda": Design("What does λ change?", "λ", (0, 0.1, 0.3, 1, 3, 10), _lam, ("x", "1"),
-                     "λ = 0 leaves the general side out of a mask's score. In the walk it leaves the loss's side out: SparseGPT's score chooses inside a "
-                     "matrix, the loss still allots sparsity to the matrices."),
-    "formulas": Design("Which formula deserves to be the default?", "formula", ("balanced", "taylor", "release"), _formula, ("x", "balanced"),
-                       "'after': the same mask, with the kept weights moved afterwards."),
-    "granularities": Design("Where should one threshold hold?", "granularity", ("matrix", "block", "row", "global", "2:4"), _granularity,
-                            ("x", "matrix"), "'after': the same mask, with the kept weights moved afterwards. 2:4 removes half, whatever the others remove."),
-    "calibration": Design("How much text does a mask need, and how much does its choice matter?", "sequences", (4, 16, 64), _calibration, ("x", "64"),
-                          "Seeds draw other sequences from the same text; where a text is short they overlap, and seeds look more alike than texts would."),
-    "text": Design("Which text should the baselines and the walk look at?", "calibration", ("general", "domain", "mix"), _text, ("x", "mix"),
-                   "'mix' sees both texts, twice as much. The walk's Fishers are those of both sides throughout; its Hessian changes."),
-    "transfer": Design("How good is every domain's mask on every domain's text, and does similarity predict it?", "sparsity", (0.5,), _transfer,
-                       ("series", "own"), "Masks alone, by the dual score; the kept weights stay as they are."),
-    "finetune": Design("What does tuning afterwards win back, with the mask held?", "tuned", ("none", "full"), _finetune, ("series", TUNED),
-                       "Tuning also teaches the text itself, so every model is compared with the dense one after the same tuning: the same text, steps and "
-                       "rates, and adapters of the same rank."),
-}
 
 
 class Experiment(Run):
@@ -199,7 +61,7 @@ class Experiment(Run):
 
     def points(self) -> list[Point]:
         """Its runs, in their order."""
-        return [point for value in self.record["values"] for point in self.design.points(value)]
+        return points_of(self.record)
 
     def run_of(self, point: Point) -> Run:
         return Run(self.folder / "points" / point.slug)
@@ -227,9 +89,8 @@ class Experiment(Run):
         return store.read_table(self.folder / "results.parquet")
 
 
-def prepared(name: str, config: RunConfig, *, values: Sequence | None = None, tasks: Sequence[str] | None = None, limit: int | None = LIMIT,
-             root: str | Path = "experiments") -> Experiment:
-    """The folder of an experiment, made or found: the same question is the same folder.
+def asked(name: str, config: RunConfig, *, values: Sequence | None = None, tasks: Sequence[str] | None = None, limit: int | None = LIMIT) -> dict:
+    """What an experiment asks, as experiment.json holds it.
 
     Args:
         name: of DESIGNS.
@@ -237,10 +98,9 @@ def prepared(name: str, config: RunConfig, *, values: Sequence | None = None, ta
         values: on the axis; default the usual ones.
         tasks: names or files as `evaluate` takes them, for every mask; default perplexity on held-out text of its domain and of the open domain.
         limit: items of each task, at most.
-        root: folder of the experiments.
 
     Raises:
-        InputError: the name, a value or a setting cannot be used, or a file is gone or no longer what the experiment began with.
+        InputError: the name, a value or a setting cannot be used.
     """
     if name not in DESIGNS:
         raise InputError(f"The experiment {name!r} is not known", "each asks one question", f"choose one of {', '.join(DESIGNS)}")
@@ -259,15 +119,34 @@ def prepared(name: str, config: RunConfig, *, values: Sequence | None = None, ta
             raise InputError(f"The value {value!r} cannot be used", f"it is no {design.axis}", f"take such as {design.values[0]}") from None
         for point in points:
             dataclasses.replace(config, **point.settings).check()
-    asked = {"name": name, "config": config.to_dict(), "values": values, "tasks": [str(t) for t in tasks] if tasks else None, "limit": limit}
-    decides = {**asked, "config": {k: v for k, v in asked["config"].items() if k != "memory"}}   # which changes no bit
+    return {"name": name, "config": config.to_dict(), "values": values, "tasks": [str(t) for t in tasks] if tasks else None, "limit": limit}
+
+
+def place(question: dict, root: str | Path = "experiments") -> Experiment:
+    """The folder of what `asked` gives, whether it is there or not: the same question is the same folder."""
+    config = question["config"]
+    decides = {**question, "config": {k: v for k, v in config.items() if k != "memory"}}   # which changes no bit
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
-    labels = "-".join(split_domain(d)[0] for d in config.domains)
-    experiment = Experiment(Path(root) / f"{name}-{labels[:60]}-{digest}")
+    labels = "-".join(split_domain(d)[0] for d in config["domains"])
+    return Experiment(Path(root) / f"{question['name']}-{labels[:60]}-{digest}")
+
+
+def prepared(name: str, config: RunConfig, *, root: str | Path = "experiments", **how) -> Experiment:
+    """The folder of an experiment, made or found.
+
+    Args:
+        root: folder of the experiments.
+        name, config, how: as `asked` takes them.
+
+    Raises:
+        InputError: as `asked`; or a file is gone or no longer what the experiment began with.
+    """
+    question = asked(name, config, **how)
+    experiment = place(question, root)
     if (experiment.folder / "experiment.json").is_file():
         experiment.require_same_files()
     else:
-        store.write_json(experiment.folder / "experiment.json", {**asked, "files": _fingerprints(config, tasks or ()),
+        store.write_json(experiment.folder / "experiment.json", {**question, "files": _fingerprints(config, question["tasks"] or ()),
                                                                  "created": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
     return experiment
 
@@ -280,13 +159,29 @@ def _fingerprints(config: RunConfig, tasks: Sequence[str]) -> dict[str, str]:
     return {source: files.fingerprint(path) for source, path in paths.items() if path}
 
 
+def foreseen(question: dict, experiment: Experiment, **known) -> Forecast:
+    """How long an experiment will take, as far as it is not done yet; nothing is downloaded for it.
+
+    Args:
+        question: what it asks, as `asked` gives it or `Experiment.record` holds it.
+        experiment: its folder, which need not be there.
+        known: as `forecast` takes it.
+
+    Raises:
+        InputError: the model, a text or a task cannot be used.
+    """
+    shared, tasks = RunConfig.from_dict(question["config"]), judged_on(question, outlined_task, outlined_texts)
+    return forecast([Judged(dataclasses.replace(shared, **point.settings), point.tune, tasks, is_judged(experiment.run_of(point)))
+                     for point in points_of(question)], **known)
+
+
 def conduct(experiment: Experiment, *, cache: str | Path = "cache", watch: Callable[[Status], None] | None = None,
             waiting: Callable[[int], None] = lambda ahead: None) -> pd.DataFrame:
     """Do what is left of an experiment, and sum it up.
 
     Args:
         cache: as `pipeline.run` takes it.
-        watch: called with the experiment's Status after every step.
+        watch: called with the experiment's Status after every step; its time left follows from what the finished points took.
         waiting: as `pipeline.run` takes it, at each point.
 
     Returns:
@@ -298,37 +193,45 @@ def conduct(experiment: Experiment, *, cache: str | Path = "cache", watch: Calla
     """
     record, points = experiment.record, experiment.points()
     with Status(experiment.folder, watch) as status:
-        status.plan = [(point.slug, 1.0, point.slug) for point in points]
+        experiment.require_same_files()
+        expected = foreseen(record, experiment).points
+        status.plan = [(point.slug, sum(seconds), point.slug) for point, seconds in zip(points, expected, strict=True)]
         dense = None   # answers of the original, which all points share
-        for number, point in enumerate(points):
-            run, status.about = experiment.run_of(point), f"point {number + 1} of {len(points)}"
-            status.step(point.slug, 0, 100)
-            experiment.require_same_files()
-            if not is_judged(run):
+        for number, (point, seconds) in enumerate(zip(points, expected, strict=True)):
+            run, status.about = experiment.run_of(point), f"{number} of {len(points)} points done"
+            if is_judged(run):
+                status.skip(point.slug)
+            else:
+                experiment.require_same_files()
+                status.step(point.slug, 0, STEPS)
                 if dense:
                     shutil.copytree(dense, run.folder / evaluations.FOLDER / DENSE, dirs_exist_ok=True)
-                _conduct(run, point, record, cache, lambda share, slug=point.slug: status.step(slug, round(99 * share), 100), waiting)
+                _conduct(run, point, record, cache, seconds, lambda share, slug=point.slug: status.step(slug, min(round(STEPS * share), STEPS - 1), STEPS), waiting)
             dense = run.folder / evaluations.FOLDER / DENSE
             found = summed_up(experiment)   # after each, so that what is known so far can be seen
             store.write_table(experiment.folder / "results.parquet", found)
-            status.step(point.slug, 100, 100)
+            status.about = f"{number + 1} of {len(points)} points done"
+            status.step(point.slug, STEPS, STEPS)
     return found
 
 
-def _conduct(run: Run, point: Point, record: dict, cache, progress: Callable[[float], None], waiting) -> None:
+def _conduct(run: Run, point: Point, record: dict, cache, seconds: Seconds, progress: Callable[[float], None], waiting) -> None:
     """One point: prune, tune where it is asked for, judge, and leave out what takes much room."""
-    asked = RunConfig.from_dict(record["config"])
-    config = dataclasses.replace(asked, **point.settings)
+    shared = RunConfig.from_dict(record["config"])
+    config, (pruning, tuning, judging) = dataclasses.replace(shared, **point.settings), (part / sum(seconds) for part in seconds)
     if not (run.folder / store.LAST).is_file():
-        pipeline.run(config, folder=run.folder, cache=cache, watch=lambda status: progress(status.share / 2), waiting=waiting)
+        pipeline.run(config, folder=run.folder, cache=cache, watch=lambda status: progress(pruning * status.share), waiting=waiting)
     if point.tune:
         finetuned(run, point.tune)
-    labels = [split_domain(d)[0] for d in config.domains]
-    everything = record["tasks"] or record["name"] == "transfer"
-    for label in [None] if everything else labels:
-        evaluations.evaluate(run, record["tasks"] or _texts(config, labels if label is None else [label], record["limit"]),
-                             domains=None if label is None else [label], limit=record["limit"], seed=asked.seed,
-                             progress=lambda _, done, total: progress(0.5 + done / total / 2))
+    tasks, answering = judged_on(record), []
+    pairs = sum(len(given) * (1 + len(labels) * len(config.methods)) for labels, given in tasks)   # of a model and a task, the dense one's among them
+
+    def answered(what: str, done: int, total: int) -> None:
+        answering.extend({what} - set(answering))
+        progress(pruning + tuning + judging * min(1.0, (len(answering) - 1 + done / total) / pairs))
+
+    for labels, given in tasks:
+        evaluations.evaluate(run, given, domains=labels, seed=shared.seed, progress=answered)
     for folder in LARGE:
         shutil.rmtree(run.folder / folder, ignore_errors=True)
     store.write_json(run.folder / "judged.json", {"tune": point.tune})
@@ -339,12 +242,21 @@ def is_judged(run: Run) -> bool:
     return (run.folder / "judged.json").is_file()
 
 
-def _texts(config: RunConfig, labels: list[str], limit: int | None) -> list[Task]:
-    """Held-out text of domains and of the open domain, as a run takes it."""
-    sources = dict(split_domain(d) for d in (*config.domains, config.general))
-    open_label = split_domain(config.general)[0]
-    return [drawn(text_task(name, load_texts(sources[name], "heldout", column=config.column if name != open_label else None,
-                                             limit=config.eval_documents)), limit, 0) for name in dict.fromkeys((*labels, open_label))]
+def judged_on(question: dict, task: Callable = load_task, texts: Callable = load_texts) -> list[tuple[list[str], list[Task]]]:
+    """(domains, tasks that their masks are given): those that were named, or held-out text of the domain and of the open domain, as a run takes it.
+
+    Args:
+        question: as `asked` gives it or `Experiment.record` holds it.
+        task, texts: in place of `load_task` and `load_texts`.
+    """
+    config, limit = RunConfig.from_dict(question["config"]), question["limit"]
+    labels, open_label = [split_domain(d)[0] for d in config.domains], split_domain(config.general)[0]
+    if question["tasks"]:
+        return [(labels, [one for name in question["tasks"] for one in task(name, limit, config.seed)])]
+    read = {label: drawn(text_task(label, texts(source, "heldout", column=config.column if label != open_label else None, limit=config.eval_documents)), limit, 0)
+            for label, source in dict(split_domain(d) for d in (*config.domains, config.general)).items()}
+    together = [labels] if question["name"] == "transfer" else [[label] for label in labels]
+    return [(of, [read[name] for name in dict.fromkeys((*of, open_label))]) for of in together]
 
 
 # ---- summing up

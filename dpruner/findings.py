@@ -11,8 +11,9 @@ import pandas as pd
 
 from dpruner.compensate import FISHER_ENOUGH
 from dpruner.config import RunConfig
+from dpruner.designs import DESIGNS, TUNED, Design
 from dpruner.errors import InputError
-from dpruner.experiments import ALL, DESIGNS, LIMIT, TAKEN_BACK, TUNED, Design, Experiment, find_experiments
+from dpruner.experiments import ALL, LIMIT, TAKEN_BACK, Experiment, find_experiments
 from dpruner.markdown import dense_figures, estimated, gap, section, signed, speed, tried
 from dpruner.metrics import BETTER, WORSE
 from dpruner.store import read_json, replacing

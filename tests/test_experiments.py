@@ -14,11 +14,12 @@ from streamlit.testing.v1 import AppTest
 
 from analysis import experiments as figures
 from app import state
-from dpruner import RunConfig, cli, evaluations, experiments, findings, finetune, markdown, metrics, pipeline, store, worker
+from dpruner import RunConfig, cli, estimate, evaluations, experiments, findings, finetune, markdown, metrics, pipeline, store, worker
 from dpruner.baselines import magnitude
+from dpruner.designs import DESIGNS, MASKS, TUNED
 from dpruner.domain import next_token_loss
 from dpruner.errors import InputError
-from dpruner.experiments import DESIGNS, conduct, find_experiments, prepared
+from dpruner.experiments import conduct, find_experiments, prepared
 from dpruner.masks import make_masks, pruned
 from dpruner.model import fingerprint
 from dpruner.store import Run
@@ -59,7 +60,7 @@ def test_every_model_stands_beside_sparsegpt_on_the_same_windows(done):
     assert tuple(table.columns) == experiments.COLUMNS and experiment.status["state"] == "done"
     measured = table[table.low.notna()]
     assert set(measured.x) == {"0.3", "0.6"} and set(measured.task) == {"legal-perplexity", "general-perplexity"}
-    assert set(measured.series) == {"dense", "sparsegpt", "dpruner, walk", *experiments.MASKS}
+    assert set(measured.series) == {"dense", "sparsegpt", "dpruner, walk", *MASKS}
     for point in experiment.points():
         run = experiment.run_of(point)
         for method, domain in run.pairs():
@@ -186,6 +187,48 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_written(name, values
     assert not any(tmp_path.iterdir())
 
 
+# ---- time
+
+
+def test_the_time_is_told_before_it_starts_and_counts_what_is_done(done, transferred, config, folder, tmp_path):
+    speed = estimate.Speed(flops=1e9, sorted=1e7)
+
+    def left(name, **how):
+        question = experiments.asked(name, how.pop("config", config), **how)
+        found = experiments.foreseen(question, experiments.place(question, folder / "e"), speed=speed)
+        return found, sum(map(sum, found.left))
+
+    found, nothing = left("sparsity", values=[0.3, 0.6])
+    assert nothing == 0 and found.words == "" and len(found.points) == 4
+    two, once = left("sparsity", values=[0.3, 0.7], limit=99)
+    four, twice = left("sparsity", values=[0.3, 0.5, 0.6, 0.7], limit=99)
+    assert len(two.left) == 4 and len(four.left) == 8 and once < twice < 2 * once + 1e-9   # what points share is done once
+    assert two.words.startswith("4 points take about") and "an estimate" in two.words
+    assert left("sparsity", config=dataclasses.replace(config, nsamples=400), values=[0.3])[1] > 2 * left("sparsity", values=[0.3], limit=99)[1]
+    tuned = left("finetune", values=["none", "full"])[0].points
+    assert [s.tuning > 0 for s in tuned] == 3 * [False] + 3 * [True]
+    question = experiments.asked("sparsity", config, values=[0.3, 0.6])
+    half = shutil.copytree(done[0].folder, tmp_path / done[0].id)
+    (half / "points" / "0.6-walk" / "judged.json").unlink()
+    words = experiments.foreseen(question, experiments.place(question, tmp_path), speed=speed).words
+    assert words.startswith("3 of 4 points are done; the last takes about")
+    hub = dataclasses.replace(config, domains=("pubmedqa",), general="c4")   # told without a download
+    assert left("sparsity", config=hub, values=[0.3], tasks=["casehold"])[1] > 0
+
+
+def test_progress_of_an_experiment_only_grows_and_its_end_is_foretold(config, folder, tmp_path):
+    experiment, seen = prepared("goal", config, values=[0.5, 0.6], root=tmp_path), []
+    conduct(experiment, cache=folder / "cache", watch=lambda status: seen.append((status.share, status.about, status.eta)))
+    shares = [share for share, _, _ in seen]
+    assert shares == sorted(shares) and shares[-1] == 1 and len(set(shares)) > 20
+    assert list(dict.fromkeys(about for _, about, _ in seen)) == [f"{i} of 4 points done" for i in range(5)]
+    (experiment.run_of(experiment.points()[-1]).folder / "judged.json").unlink()
+    shutil.rmtree(experiment.run_of(experiment.points()[-1]).folder)
+    times = []
+    conduct(experiment, cache=folder / "cache", watch=lambda status: times.append(status.eta))
+    assert times[0] is None and any(eta for eta in times)   # what was done before gives no pace
+
+
 # ---- files
 
 
@@ -196,12 +239,12 @@ def test_changed_texts_are_not_taken_for_the_old_ones(config, tmp_path, monkeypa
     for path in (text, folder / "a.txt", task):
         path.write_text("one\n\ntwo")
     asked = dataclasses.replace(config, domains=("mine=text.txt", "legal"), general="open=texts")
-    experiment = prepared("sparsity", asked, values=[0.5], tasks=["finance-choice", "t=task.jsonl"], root="e")
+    experiment = prepared("sparsity", asked, values=[0.5], tasks=["legal-choice", "t=task.jsonl"], root="e")
     assert set(experiment.record["files"]) == {"text.txt", "texts", "task.jsonl"}
     for path, name in ((text, "text.txt"), (folder / "b.txt", "texts"), (folder / "a.txt", "texts"), (task, "task.jsonl")):
         before = path.read_text() if path.exists() else None
         path.write_text("other")
-        for again in (lambda: prepared("sparsity", asked, values=[0.5], tasks=["finance-choice", "t=task.jsonl"], root="e"),
+        for again in (lambda: prepared("sparsity", asked, values=[0.5], tasks=["legal-choice", "t=task.jsonl"], root="e"),
                       lambda: worker.submit_experiment(experiment), lambda: conduct(experiment, cache="cache")):
             with pytest.raises(InputError, match=f"'{name}' has changed since it began"):
                 again()
@@ -307,12 +350,12 @@ def test_tuned_models_are_compared_with_the_dense_one_tuned_alike(config, folder
     experiment = prepared("finetune", config, root=folder / "tuned")
     table = conduct(experiment, cache=folder / "cache")
     on_legal = table[(table.task == "legal-perplexity") & (table.metric == "perplexity")].set_index(["x", "series"])
-    dense, tuned = (on_legal.loc[(x, experiments.TUNED)] for x in ("none", "full"))
+    dense, tuned = (on_legal.loc[(x, TUNED)] for x in ("none", "full"))
     assert dense.value == on_legal.loc["none", "dense"].value and tuned.value < dense.value
     for x, beside in (("none", dense), ("full", tuned)):
         row = on_legal.loc[x, "dpruner, walk"]
-        assert row.difference == pytest.approx(row.value / beside.value - 1) and row.against == experiments.TUNED
-    run = next(experiment.run_of(p) for p in experiment.points() if p.series("magnitude") == experiments.TUNED and p.x == "full")
+        assert row.difference == pytest.approx(row.value / beside.value - 1) and row.against == TUNED
+    run = next(experiment.run_of(p) for p in experiment.points() if p.series("magnitude") == TUNED and p.x == "full")
     assert all(m.all() for m in run.masks("magnitude", "legal").values())
     text = " ".join(findings.finetune_words(table.assign(sparsity=0.5)))
     assert "against the dense model tuned alike" in text and "Tuning gives the dense model itself: full −" in text
@@ -334,7 +377,7 @@ def test_a_run_is_judged_with_the_weights_that_were_tuned(small, tmp_path):
 # ---- what is said
 
 
-def test_the_command_line_conducts_and_reports(llama, folder, done, tmp_path, capsys):
+def test_the_command_line_conducts_and_reports(llama, folder, done, tmp_path, capsys, monkeypatch):
     experiment, table = done
     command = ["experiment", "sparsity", "--value", "0.3", "--value", "0.6", "--model", str(llama), "--domain", "legal", "--experiments",
                str(folder / "e"), "--cache", str(folder / "cache"), *(w for k, v in BRIEF.items() for w in (f"--{k.replace('_', '-')}", str(v)))]
@@ -342,7 +385,13 @@ def test_the_command_line_conducts_and_reports(llama, folder, done, tmp_path, ca
     found = json.loads(capsys.readouterr().out)
     assert found["id"] == experiment.id and len(found["figures"]) == len(table)
     assert cli.main(command) == 0
-    assert "sparsegpt" in capsys.readouterr().out
+    found = capsys.readouterr()
+    assert "sparsegpt" in found.out and not found.err   # nothing is left that would take time
+    with monkeypatch.context() as patched:
+        patched.setattr(experiments, "conduct", lambda experiment, **how: table)
+        assert cli.main([*command, "--limit", "9", "--json"]) == 0
+    found = capsys.readouterr()
+    assert json.loads(found.out)["figures"] and "4 points take about" in found.err and "an estimate" in found.err
     assert cli.main(["experiment", "report", "--experiments", str(tmp_path / "none"), "--to", str(tmp_path / "R.md")]) == 1
     assert "nothing to report" in capsys.readouterr().err and not (tmp_path / "R.md").exists()
 
@@ -425,6 +474,7 @@ def test_the_page_starts_an_experiment_and_shows_a_finished_one(small, folder, d
     page.selectbox(key="results-experiment").set_value(transferred[0].id).run()
     assert not page.exception and charts() == {"excess", "prediction"}
     page.selectbox(key="results-question").set_value("formulas").run()
+    assert any(c.value.startswith("6 points take about") and "an estimate" in c.value for c in page.caption)
     page.button(key="results-experiment-start").click().run()
     assert not page.exception
     (experiment,) = started

@@ -13,10 +13,10 @@ from filelock import FileLock
 from analysis import similarity, weights
 from analysis.lesson import prepare
 from app import demo, state, widgets
-from app.units import duration
 from dpruner import starter, store, worker
 from dpruner.errors import InputError
 from dpruner.store import Run
+from dpruner.units import duration
 
 FORMAT = 5   # to be raised when the lesson computes something else
 
