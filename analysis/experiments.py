@@ -10,9 +10,13 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analysis import comparisons
-from analysis.chart import AROUND, CELL_TEXT, FAINT, VERMILLION, Chart, colour_bar, columns, new_figure, number, plain
+from analysis.chart import (AROUND, CELL_TEXT, GREY, Chart, colour_bar, columns, error_bars, listed, look, new_figure, number,
+                            plain)
+from dpruner.experiments import ALL
+from dpruner.metrics import BETTER, NOISE, WORSE
 from dpruner.transfer import predicts, transfer
 
+RATIOS = (0.5, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100)   # marked on an axis of wide differences
 FLOOR = "random"   # its perplexities are so high that nothing else could be told apart beside them
 
 
@@ -29,19 +33,90 @@ def measured(table: pd.DataFrame, axis: str, domain: str, task: str, metric: str
         table: as `Experiment.results` gives it.
         axis: what its x is.
     """
-    rows = table[(table["task"] == task) & (table["metric"] == metric) & table["low"].notna()]
-    rows = rows[((rows["domain"] == domain) | (rows["method"] == "dense")) & (rows["method"] != FLOOR)]
-    numeric = pd.to_numeric(rows["x"], errors="coerce").notna().all()
-    rows = rows.assign(**{axis: pd.to_numeric(rows["x"]) if numeric else rows["x"]})
+    rows = _shown(table, axis, domain, task, metric)
     rows = rows[(rows["method"] != "dense") | ~rows.duplicated(["method", "value"])]
     made = comparisons.quality(rows.assign(method=rows["series"]), x=axis, series="method", metric=metric, lower_is_better=metric == "perplexity")
     if made is None:
         return None
-    title = f"{metric[0].upper()}{metric[1:]} on {task.removesuffix('-perplexity')} text against {axis}, pruned for {domain}"
     dense = " The dashed line is the dense model." if (rows["method"] == "dense").any() else ""
-    how = ("Dots with 95 % intervals. Models differ less than their intervals suggest, because all read the same windows: the table of figures has the "
-           f"differences taken window by window, and which of them are more than noise.{dense}" + (f" {FLOOR} masks, far above all others, are left out." if (table["method"] == FLOOR).any() else ""))
-    return Chart(title, made.figure, made.table, how, made.alt)
+    how = ("Dots with 95 % intervals, which say how far other texts would move each figure. They move all models together, so where intervals overlap "
+           f"models may still differ: differences are taken on the same windows of text.{dense}{_left_out(table)}")
+    return Chart(f"{metric[0].upper()}{metric[1:]} on {_text(task)} text by {axis}, pruned for {domain}", made.figure, made.table, how, made.alt)
+
+
+def differences(table: pd.DataFrame, axis: str, domain: str, task: str, metric: str) -> Chart | None:
+    """How far each model is from the one it is compared with, on the same items, with the interval of that difference.
+
+    Args:
+        table: as `Experiment.results` gives it.
+        axis: what its x is.
+
+    Returns:
+        None where nothing is compared.
+    """
+    rows = _shown(table, axis, domain, task, metric)
+    names = list(dict.fromkeys(rows.loc[rows["method"] != "dense", "series"]))   # each in the colour it has among the figures themselves
+    rows = rows[rows["difference"].notna()]
+    if rows.empty:
+        return None
+    places = {x: i for i, x in enumerate(dict.fromkeys(rows[axis]))}
+    against = listed(dict.fromkeys(rows["against"]))
+    against = f"{axis} = {against}" if set(rows["against"]) <= set(table["x"]) else against
+    lower, several = metric == "perplexity", rows["series"].nunique()
+    wide = lower and rows["difference_high"].max() > 2   # shares of a figure: twice as much and half as much are as far from 0
+    figure = new_figure()
+    for at, (name, of) in enumerate(rows.groupby("series", sort=False)):
+        style, noise = look(names.index(name)), of["verdict"] == NOISE
+        beside = (at - (several - 1) / 2) * min(0.6 / several, 0.16)
+        value = of["difference"] + wide
+        figure.add_trace(go.Scatter(
+            x=np.array([places[x] for x in of[axis]]) + beside, y=value.to_numpy(), mode="markers", legendgroup=name, showlegend=False,
+            marker={"size": 10, "color": style["color"], "symbol": [style["symbol"] + "-open" * hollow for hollow in noise],
+                    "line": {"width": 2, "color": style["color"]}},
+            error_y={**error_bars(value, of["difference_low"] + wide, of["difference_high"] + wide), "color": style["color"]},
+            customdata=columns(of["difference"], of["difference_low"], of["difference_high"], of["verdict"], of["n"], of[axis]),
+            hovertemplate=f"{plain(name)}, {plain(axis)} %{{customdata[5]}}<br>%{{customdata[0]:+.2%}} (95 %: %{{customdata[1]:+.2%}} to %{{customdata[2]:+.2%}}, "
+                          "n = %{customdata[4]:,})<br>%{customdata[3]}<extra></extra>"))
+        figure.add_trace(go.Scatter(x=[None], y=[None], name=plain(name), mode="markers", legendgroup=name,   # filled, whatever its first point is
+                                    marker={"size": 10, "color": style["color"], "symbol": style["symbol"]}))
+    figure.add_hline(y=float(wide), line={"color": GREY, "dash": "dash", "width": 1.5})
+    figure.update_layout(showlegend=True)
+    named = [f"{float(x):.0%}" if axis == "sparsity" else plain(x) for x in places]
+    figure.update_xaxes(title=axis, tickvals=list(places.values()), ticktext=named, range=[-0.5, len(places) - 0.5], showgrid=False)
+    ticks = _ratios(rows["difference_low"].min() + 1, rows["difference_high"].max() + 1)
+    scale = {"type": "log", "tickvals": ticks, "ticktext": [f"{100 * (r - 1):+,.0f} %".replace("+0", "0") for r in ticks]} if wide else {"tickformat": ".2~%"}
+    figure.update_yaxes(title=f"{metric} differs by ({'below' if lower else 'above'} 0 is better)", **scale)
+    counts = {verdict: int((rows["verdict"] == verdict).sum()) for verdict in (BETTER, WORSE, NOISE)}
+    alt = (f"Differences of {metric} on {_text(task)} text to {against}: {counts[BETTER]} better, {counts[WORSE]} worse, {counts[NOISE]} inside the noise. "
+           f"{listed((f'{r.series} at {r.x} {r.difference:+.1%}' for r in rows.itertuples()), 12)}.")
+    how = (f"Each model against {against} (the dashed line), item by item on the same text, with the 95 % interval of the difference. Filled: more than noise; "
+           f"hollow: the interval holds 0, so this text cannot tell them apart.{_left_out(table)}")
+    return Chart(f"Difference to {against} on {_text(task)} text, pruned for {domain}", figure, rows.drop(columns=axis).reset_index(drop=True), how, alt)
+
+
+def _ratios(low: float, high: float) -> list[float]:
+    """Marks of a logarithmic axis of ratios, 1 among them, that stand apart."""
+    found = [1.0]
+    for ratio in sorted(RATIOS, key=lambda r: abs(math.log(r))):
+        if low / 1.3 <= ratio <= 1.3 * high and all(abs(math.log(ratio / other)) > math.log(high / low) / 12 for other in found):
+            found.append(ratio)
+    return sorted(found)
+
+
+def _shown(table: pd.DataFrame, axis: str, domain: str, task: str, metric: str) -> pd.DataFrame:
+    """The figures of one chart, with a column named as the axis: numbers where it has a length, names otherwise, in the order of the experiment."""
+    rows = table[(table["task"] == task) & (table["metric"] == metric) & table["low"].notna()]
+    rows = rows[((rows["domain"] == domain) | (rows["method"] == "dense")) & (rows["method"] != FLOOR)]
+    places = pd.to_numeric(rows["x"]) if axis == "sparsity" and rows["x"].nunique() > 2 else rows["x"].replace({ALL: "all, averaged"})
+    return rows.assign(**{axis: places})
+
+
+def _text(task: str) -> str:
+    return task.removesuffix("-perplexity")
+
+
+def _left_out(table: pd.DataFrame) -> str:
+    return f" {FLOOR[0].upper()}{FLOOR[1:]} masks, far above all others, are left out." if (table["method"] == FLOOR).any() else ""
 
 
 def excess(table: pd.DataFrame) -> Chart | None:
@@ -87,16 +162,21 @@ def prediction(table: pd.DataFrame) -> Chart | None:
         return None
     pairs = found[found["mask"] != found["text"]].reset_index(drop=True)
     figure = new_figure()
-    figure.add_trace(go.Scatter(
-        x=pairs["jaccard"], y=pairs["excess"], mode="markers", showlegend=False, marker={"size": 9, "color": VERMILLION},
-        error_y={"array": pairs["high"] - pairs["excess"], "arrayminus": pairs["excess"] - pairs["low"], "color": FAINT},
-        customdata=columns(pairs["mask"], pairs["text"], pairs["low"], pairs["high"]),
-        hovertemplate="mask of %{customdata[0]} on %{customdata[1]} text: %{y:+.2%} (95 %: %{customdata[2]:+.2%} to %{customdata[3]:+.2%})<br>"
-                      "Jaccard %{x:.4f}<extra></extra>"))
+    for i, (text, of) in enumerate(pairs.groupby("text", sort=False)):
+        style = look(i)
+        figure.add_trace(go.Scatter(
+            x=of["jaccard"].to_numpy(), y=of["excess"].to_numpy(), mode="markers", name=f"on {plain(text)} text",
+            marker={"size": 9, "color": style["color"], "symbol": style["symbol"]},
+            error_y={**error_bars(of["excess"], of["low"], of["high"]), "color": style["color"], "thickness": 1},
+            customdata=columns(of["mask"], of["text"], of["low"], of["high"]),
+            hovertemplate="mask of %{customdata[0]} on %{customdata[1]} text: %{y:+.2%} (95 %: %{customdata[2]:+.2%} to %{customdata[3]:+.2%})<br>"
+                          "Jaccard %{x:.4f}<extra></extra>"))
     figure.update_xaxes(title="Jaccard similarity of the two masks")
-    figure.update_yaxes(title="excess perplexity", tickformat="+.0%")
+    figure.add_hline(y=0, line={"color": GREY, "dash": "dash", "width": 1.5})
+    figure.update_yaxes(title="excess perplexity", tickformat=".0%")
     says = "does" if rho < 0 and p < 0.05 else "is not shown to"
-    how = (f"Dots that fall from left to right mean that like masks serve each other's texts. Spearman's correlation is {number(rho)}, p = {p:.3f} over "
+    how = (f"A dot for each mask on another domain's text, in the colour of the text; on the dashed line it costs nothing. Dots that fall from left to "
+           f"right mean that like masks serve each other's texts. Spearman's correlation is {number(rho)}, p = {p:.3f} over "
            f"permutations of the domains: similarity {says} predict transfer here.")
     alt = f"{len(pairs)} pairs of masks; Spearman's correlation of similarity and excess perplexity {number(rho)}, p = {p:.3f}."
     return Chart("Does similarity predict transfer?", figure, pairs, how, alt)

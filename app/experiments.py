@@ -1,5 +1,6 @@
 """The section Experiments: start one with the settings of the run that is looked at, watch it, and see what it found."""
 
+import contextlib
 import dataclasses
 
 import streamlit as st
@@ -8,8 +9,11 @@ from analysis import experiments as figures
 from analysis.chart import listed
 from app import data, state, widgets
 from dpruner import RunConfig, worker
+from dpruner.config import split_domain
 from dpruner.designs import DESIGNS
+from dpruner.errors import InputError
 from dpruner.experiments import Experiment, asked, find_experiments, place, prepared
+from dpruner.findings import command
 from dpruner.store import Run
 from dpruner.units import duration
 
@@ -34,7 +38,7 @@ def section(run: Run) -> None:
         st.caption("There is no experiment yet.")
         return
     chosen = st.selectbox("Experiment", list(found), key="results-experiment",
-                          format_func=lambda name: f"{found[name].design.question} ({name})")
+                          format_func=lambda name: told(found[name]))
     watch(found[chosen])
 
 
@@ -57,12 +61,28 @@ def begin(run: Run) -> None:
             st.rerun()
 
 
+def told(experiment: Experiment) -> str:
+    """An experiment in a list, so that those of one question can be told apart."""
+    record, axis = experiment.record, experiment.design.axis
+    config = record["config"]
+    parts = [experiment.design.question, listed(split_domain(d)[0] for d in config["domains"])]
+    parts += [] if axis == "sparsity" else [f"sparsity {config['sparsity']:g}"]
+    return " · ".join([*parts, f"{axis} {', '.join(map(str, record['values']))}", experiment.id.rpartition("-")[2]])
+
+
+def is_whole(experiment: Experiment) -> bool:
+    """Whether every value has been measured, by whomever: figures that were passed on come without their runs and status."""
+    with contextlib.suppress(InputError):
+        return {point.x for point in experiment.points()} <= set(experiment.results().x)
+    return False
+
+
 @st.fragment(run_every=2)
 def watch(experiment: Experiment) -> None:
     """How far it is; when it has ended, what it found."""
     with widgets.guarded():
         known = (experiment.folder / "status.json").is_file()
-        status = worker.state(experiment) if known else {"state": "not started"}
+        status = worker.state(experiment) if known else {"state": "done" if is_whole(experiment) else "not started"}
         if status["state"] in ("queued", "running"):
             st.progress(min(1.0, status["progress"]), f"{status['about'] or 'starting'} · {status['stage']} · {status['progress']:.0%}"
                         + (f" · about {duration(status['eta_seconds'])} left, by what is done so far" if status.get("eta_seconds") else ""))
@@ -89,8 +109,11 @@ def show(experiment: Experiment) -> None:
         of = st.selectbox("Measured", measured, key=f"results-measured-{experiment.id}",
                           format_func=lambda m: f"{m[2]} on {m[1].removesuffix('-perplexity')}, pruned for {m[0]}")
         if of:
+            if compared := figures.differences(table, experiment.design.axis, *of):
+                widgets.chart(compared, "experiment-differences")
             widgets.chart(figures.measured(table, experiment.design.axis, *of), "experiment-measured")
     with st.expander("All figures of this experiment"):
+        st.code(command(experiment), language="bash", wrap_lines=True)
         st.dataframe(table, hide_index=True)
         st.download_button("Figures (CSV)", table.to_csv(index=False).encode(), f"{experiment.id}.csv", "text/csv", key="experiment-csv",
                            on_click="ignore")

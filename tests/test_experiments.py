@@ -306,6 +306,41 @@ def test_every_mask_is_judged_on_every_text_against_the_texts_own(transferred):
     assert figures.excess(table).table.equals(found) and len(figures.prediction(table).table) == 6
 
 
+# ---- figures
+
+
+def test_differences_are_drawn_with_their_own_intervals_and_noise_is_hollow(done):
+    _, table = done
+    made = figures.differences(table, "sparsity", "legal", "legal-perplexity", "perplexity")
+    asked = table[(table.task == "legal-perplexity") & table.difference.notna() & (table.method != "random")]
+    assert made.table[["x", "series", "difference"]].equals(asked[["x", "series", "difference"]].reset_index(drop=True))
+    drawn = [trace for trace in made.figure.data if trace.showlegend is False]
+    assert len(drawn) == asked.series.nunique() and {trace.name for trace in made.figure.data if trace.showlegend is None} == set(asked.series)
+    for trace, (_, of) in zip(drawn, asked.groupby("series", sort=False), strict=True):
+        shift = trace.y - of.difference.to_numpy()
+        assert np.allclose(shift, shift[0]) and round(shift[0]) in (0, 1)   # on a logarithmic axis ratios stand
+        assert np.allclose(trace.error_y.array, of.difference_high - of.difference) and np.allclose(trace.error_y.arrayminus, of.difference - of.difference_low)
+        assert [symbol.endswith("-open") for symbol in trace.marker.symbol] == list(of.verdict == "inside the noise")
+    flat = table.assign(difference=np.nan)
+    assert figures.differences(flat, "sparsity", "legal", "legal-perplexity", "perplexity") is None
+
+
+def test_the_stored_experiments_are_drawn_each_in_the_order_of_its_values():
+    for experiment in find_experiments(ROOT / "docs" / "results"):
+        table, design = experiment.results(), experiment.design
+        if experiment.record["name"] == "transfer":
+            continue
+        for of in figures.texts_of(table):
+            if made := figures.differences(table, design.axis, *of):
+                ticks = made.figure.layout.xaxis.ticktext
+                values = [f"{v:.0%}" if design.axis == "sparsity" else str(v) for v in experiment.record["values"]]
+                assert list(ticks) == [v for v in values if v in ticks] + ["all, averaged"] * (experiment.record["name"] == "seeds")
+                marks = made.figure.layout.yaxis.tickvals
+                assert marks is None or 1 in marks and len(marks) <= 12
+            made = figures.measured(table, design.axis, *of)
+            assert (made.figure.layout.xaxis.ticktext is None) == (design.axis == "sparsity" and made.table.x.nunique() > 2)   # else no line joins them
+
+
 # ---- tuning with the mask held
 
 
@@ -458,6 +493,8 @@ def test_a_choice_is_told_by_its_mean_and_by_what_is_more_than_noise():
 def test_the_page_starts_an_experiment_and_shows_a_finished_one(small, folder, done, transferred, tmp_path, monkeypatch):
     shutil.copytree(small.runs, tmp_path / "runs")
     shutil.copytree(folder / "e", tmp_path / "experiments")
+    for path in (tmp_path / "experiments").glob("*/status.json"):   # as figures that were passed on: whole without it
+        path.unlink()
     monkeypatch.setattr(state, "RUNS", tmp_path / "runs")
     started = []
     monkeypatch.setattr(worker, "submit_experiment", lambda experiment, cache: started.append(experiment))
@@ -470,7 +507,8 @@ def test_the_page_starts_an_experiment_and_shows_a_finished_one(small, folder, d
     def charts():
         return {e.proto.id.rsplit("-experiment-", 1)[-1] for e in page.get("plotly_chart") if "-experiment-" in e.proto.id}
 
-    assert charts() == {"measured"}
+    assert charts() == {"differences", "measured"} and "started" not in " ".join(i.value for i in page.info)
+    assert page.code[0].value == findings.command(done[0])
     page.selectbox(key="results-experiment").set_value(transferred[0].id).run()
     assert not page.exception and charts() == {"excess", "prediction"}
     page.selectbox(key="results-question").set_value("formulas").run()
