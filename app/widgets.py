@@ -83,14 +83,31 @@ _COPY_LINK = st.components.v2.component(
                    color: var(--st-text-color); border: 1px solid var(--st-border-color); border-radius: var(--st-button-radius)}
            button:hover, button:focus-visible {color: var(--st-primary-color); border-color: var(--st-primary-color); outline: none}""",
     # over plain http from another machine a browser has no clipboard: then the address is shown to be copied by hand
-    js="""export default ({data, parentElement}) => {
+    js="""const oneEntryEach = () => {   // an address that changes in two places at one click would be two entries in the browser's history
+            const {history} = window, push = history.pushState.bind(history)
+            let acted = false
+            for (const event of ["pointerdown", "keydown"]) window.addEventListener(event, () => { acted = true }, true)
+            history.pushState = (state, title, url) => {
+              const samePage = new URL(url ?? "", window.location.href).pathname === window.location.pathname
+              samePage && !acted ? history.replaceState(state, title, url) : push(state, title, url)
+              acted = false
+            }
+            window.oneEntryEach = true
+          }
+          export default ({data, parentElement}) => {
+            if (!window.oneEntryEach) oneEntryEach()
             const whole = () => {   // an address leaves out what is the default; which run that is changes with the next one
               const url = new URL(window.location.href)
               for (const [name, value] of Object.entries(data.selected)) if (!url.searchParams.has(name)) url.searchParams.set(name, value)
               return url
             }
-            if (!new URL(window.location.href).searchParams.has("run") && data.selected.run)
-              window.history.replaceState(window.history.state, "", whole())
+            const address = new URL(window.location.href)
+            const tidy = address.searchParams.has("run") || !data.selected.run ? new URL(address) : whole()
+            for (const name of Object.keys(data.selected)) {   // a link to a page brings what the browser carries over to it by itself
+              const values = tidy.searchParams.getAll(name)
+              if (values.length > 1) tidy.searchParams.set(name, values.at(-1))
+            }
+            if (tidy.href !== address.href) window.history.replaceState(window.history.state, "", tidy)
             const button = parentElement.querySelector("button")
             button.onclick = async () => {
               const link = whole().href

@@ -8,11 +8,13 @@ import re
 import signal
 import time
 from types import SimpleNamespace
+from urllib.parse import parse_qs, urlsplit
 
 import psutil
 import pytest
 from browser import CHROMIUM, PAGES, browser, served, settled
 
+from app import state
 from dpruner import RunConfig, store, worker
 from dpruner.store import Run
 
@@ -232,12 +234,29 @@ def test_a_click_on_a_figure_chooses_what_lies_under_it(visit):
     for view, key in (("layers", "layers-map"), ("overlap", "overlap-map"), ("explore", "explore-matrices")):
         page.goto(f"{visit.address}/{view}?{there}")
         settled(page)
+        entries = page.evaluate("history.length")
         block, module, _ = clicked(page, key, 12)
         page.wait_for_url(lambda url, block=block, module=module: f"block={block}" in url and f"module={module}" in url)
+        settled(page)
+        assert page.evaluate("history.length") == entries + 1   # Back is the matrix before, not one that nobody chose
+        page.go_back()
+        page.wait_for_url(lambda url: "block=0" in url and "module=self_attn.q_proj" in url)
         settled(page)
     top, _, left, *_ = clicked(page, "explore-overview", 1500)
     page.wait_for_url(lambda url: f"explore-row={top:.0f}" in url and f"explore-column={left:.0f}" in url)
     calm(page)
+
+
+def test_a_link_of_the_lesson_names_everything_once(visit):
+    page = visit.page
+    turn_to(page, "learn")
+    chosen = parse_qs(urlsplit(page.url).query)
+    page.locator("[data-testid=stMain] [data-testid=stPageLink] a").first.click()
+    page.wait_for_url(lambda url: "/learn" not in url)
+    settled(page)
+    found = parse_qs(urlsplit(page.url).query)
+    assert all(len(values) == 1 for values in found.values())
+    assert {key: found[key] for key in state.KEYS} == {key: chosen[key] for key in state.KEYS}
 
 
 def test_a_copied_link_opens_the_same_view_in_a_second_browser(visit):
