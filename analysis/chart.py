@@ -123,6 +123,13 @@ def columns(*values) -> np.ndarray:
     return table
 
 
+def named_counts(table: pd.DataFrame, column: str) -> pd.DataFrame:
+    """A table to take away: counts that were estimated, and so are no whole numbers, are rounded and say so in their column's name."""
+    if pd.api.types.is_integer_dtype(table[column]):
+        return table
+    return table.assign(**{column: table[column].round().astype(np.int64)}).rename(columns={column: f"{column}_estimated"})
+
+
 def percent(share: float, digits: int = 1) -> str:
     """A share in words, such as "33.3 %"; "unknown" where it is NaN."""
     return "unknown" if not math.isfinite(share) else f"{100 * share:.{digits}f} %"

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from scipy.stats import beta
 
 from analysis.chart import (AMOUNTS, AROUND, BLUE, CATEGORIES, CELL_TEXT, GREY, ORANGE, PURPLE, VERMILLION, Chart, cell_format, click_targets, colour_bar,
-                            columns, counted, informative, level_line, listed, look, new_figure, number, percent, plain)
+                            columns, counted, informative, level_line, listed, look, named_counts, new_figure, number, percent, plain)
 from analysis.matrices import layers_by_modules
 from analysis.overlap import regions
 from analysis.sparsity import chance
@@ -213,7 +213,7 @@ def whole_model_chart(table: pd.DataFrame, sparsity: float, chosen: tuple[int, s
     by_module = table.groupby("module", sort=False)[["kept", "weights"]].sum()
     alt = (f"At a whole-model sparsity of {percent(sparsity)}, matrices keep from {low} to {high}. By module: "
            f"{listed(f'{m} {percent(k / w)}' for m, k, w in by_module.itertuples())}.")
-    return Chart(title, figure, table, how, alt)
+    return Chart(title, figure, named_counts(table, "kept"), how, alt)
 
 
 # ---- overlap
@@ -402,4 +402,4 @@ def lambda_curve(changed: pd.DataFrame, lam: float, counted_share: float, matrix
            f"{percent(counted_share)}.")
     how = ("How many decisions would differ from those of the domain importance alone. On the left the domain decides, on the right the "
            "general side. The line follows from the stored ranks and scores, each weight known to 1/256; the diamond is counted.")
-    return Chart(f"How many decisions any λ would change, {matrix}", figure, changed, how, alt)
+    return Chart(f"How many decisions any λ would change, {matrix}", figure, named_counts(changed, "changed"), how, alt)

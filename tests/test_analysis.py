@@ -285,6 +285,17 @@ def test_ties_at_the_whole_model_threshold_are_shared_out(rows, target):
     assert found["kept_share"].between(-1e-12, 1 + 1e-12).all()
 
 
+def test_counts_that_are_taken_away_are_whole_or_say_what_they_are():
+    scores = {n: torch.rand(40, 50, generator=torch.Generator().manual_seed(i)) for i, n in enumerate(names())}
+    found = sparsity.whole_model_kept({n: ranked(s)[1] for n, s in scores.items()}, {n: 2000 for n in scores}, 0.37)
+    taken = figures.whole_model_chart(found, 0.37).table
+    assert "kept" not in taken and pd.api.types.is_integer_dtype(taken["kept_estimated"]) and np.abs(taken["kept_estimated"] - found["kept"]).max() <= 0.5
+    counted = found.assign(kept=found["kept"].round().astype(int))
+    assert figures.whole_model_chart(counted, 0.37).table["kept"].equals(counted["kept"])
+    curve = pd.DataFrame({"lam": [0.0, 1.0, 2.0], "changed": [0.0, 3.4, 7.6], "share": [0.0, 0.1, 0.2]})
+    assert figures.lambda_curve(curve, 1.0, 0.1, "a matrix").table["changed_estimated"].tolist() == [0, 3, 8]
+
+
 def test_edges_that_are_none_are_refused():
     for wrong in (np.zeros(256), np.arange(257.0)[::-1], np.full(257, np.nan)):
         with pytest.raises(InputError):
