@@ -303,8 +303,8 @@ def plane(histogram: np.ndarray, sparsity_a: float, sparsity_b: float, a: str, b
         figure.add_annotation(**x, **y, text=f"{plain(name)}<br>{count:,} ({count / found.weights:.1%})", showarrow=False, borderpad=4,
                               bgcolor="rgba(40,40,40,0.78)", font={"color": "#eeeeee", "size": 12})
     square = {"tickformat": ".0%", "range": [0, 1], "showgrid": False, "constrain": "domain"}
-    figure.update_xaxes(title=f"rank by {plain(a)} (share of weights below)", constraintoward="right", **square)   # beside the colour bar
-    figure.update_yaxes(title=f"rank by {plain(b)} (share of weights below)", scaleanchor="x", **square)
+    figure.update_xaxes(title=f"rank by {plain(a)} (share below)", constraintoward="right", **square)   # beside the colour bar
+    figure.update_yaxes(title=f"rank by {plain(b)} (share below)", scaleanchor="x", **square)
     bins = np.nonzero(histogram)
     table = pd.DataFrame({**{f"rank bin of {side}": at for side, at in zip((a, b), bins, strict=True)}, "weights": histogram[bins]})
     shares = listed(f"{name} {count:,} ({percent(count / found.weights)})" for name, (_, _, count) in named.items())

@@ -38,7 +38,8 @@ def put_aside() -> None:
 page = st.navigation(PAGES)
 st.html("<style>.block-container, [data-testid=stMainBlockContainer] {padding-top: 3rem} [data-testid=stSidebarHeader] {height: 2.5rem} "
         "[data-testid=stMetricLabel] * {white-space: normal !important} "
-        "[data-testid=stMainBlockContainer] {padding-inline: clamp(1rem, 3vw, 5rem)}</style>")
+        "[data-testid=stMainBlockContainer] {padding-inline: clamp(1rem, 3vw, 5rem)} "
+        f"{widgets.BUTTONS_BELOW}</style>")
 with widgets.guarded():
     demo.ensure()
     state.choose()

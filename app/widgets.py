@@ -9,7 +9,9 @@ import streamlit as st
 from dpruner.errors import InputError
 
 MODEBAR = {"displaylogo": False, "toImageButtonOptions": {"format": "png", "scale": 2},
-           "modeBarButtonsToRemove": ["lasso2d", "autoScale2d"]}
+           "modeBarButtonsToRemove": ["lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d"]}   # a drag zooms in, a double click out
+# in its upper corner, where plotly puts it, a figure's row of buttons would cover the legend
+BUTTONS_BELOW = ".modebar-container {top: auto !important; bottom: 0} .modebar {top: auto !important; bottom: 0}"
 
 
 def chart(made, key: str, **options):
@@ -48,7 +50,7 @@ def shown_of(key: str) -> tuple[str, ...]:
 
 def page_of(made, name: str) -> bytes:
     """A Chart as a page of its own."""
-    return made.titled().to_html(include_plotlyjs=True, full_html=True).replace("<head>", f"<head><title>{name}</title>", 1).encode()
+    return made.titled().to_html(include_plotlyjs=True, full_html=True).replace("<head>", f"<head><title>{name}</title><style>{BUTTONS_BELOW}</style>", 1).encode()
 
 
 def csv(made) -> bytes:

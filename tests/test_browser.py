@@ -215,6 +215,24 @@ def test_data_a_figure_and_the_config_are_taken_away(visit):
     assert RunConfig.from_dict(store.json.loads(taken("Config file"))["config"]) == RunConfig.from_dict(visit.run.config)
 
 
+COVERED = """() => [...document.querySelectorAll(".js-plotly-plot")].flatMap(plot => {
+    const over = (a, b) => b.width > 0 && a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom
+    const buttons = [...plot.querySelectorAll(".modebar-btn")].map(e => e.getBoundingClientRect())
+    const words = [...plot.querySelectorAll(".legend .traces, .gtitle, .xtitle, .ytitle")].map(e => [e.textContent, e.getBoundingClientRect()])
+    return words.filter(([, box]) => buttons.some(button => over(button, box))).map(([text]) => text)})"""
+
+
+@pytest.mark.parametrize("width", [1024, 1440])
+def test_the_buttons_of_a_figure_cover_no_words(width, visit):
+    page = visit.chromium.new_context(viewport={"width": width, "height": 900}).new_page()
+    for view in ("layers", "overlap", "similarity", "results"):
+        page.goto(f"{visit.address}/{view}")
+        settled(page)
+        assert page.locator(".modebar-btn").count() >= 4 and page.locator(".legend .traces").count() >= (view != "similarity")
+        assert page.evaluate(COVERED) == [], view
+    page.context.close()
+
+
 def clicked(page, key: str, n: int) -> list:
     """What the n-th click target of a figure carries, having been clicked."""
     page.locator(f".st-key-{key}").first.scroll_into_view_if_needed()

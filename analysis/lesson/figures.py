@@ -199,7 +199,7 @@ def fall(table: pd.DataFrame, sparsity: float) -> Chart:
                           "%{customdata[2]})<extra></extra>"))
         figure.add_trace(level_line(float(rows["value"].iloc[0]), 0, 0.9, f"dense, {text}", style["color"]))
     figure.add_vline(x=sparsity, line={"color": GREY, "width": 2})
-    figure.update_xaxes(title="sparsity (share removed)", tickformat=".0%", dtick=0.1)
+    figure.update_xaxes(title="sparsity", tickformat=".0%", dtick=0.1)
     figure.update_yaxes(title="perplexity (lower is better)", **log_axis([*table["low"], *table["high"]]))
     ends = table.groupby("text", sort=False)["value"].agg(["first", "last"])
     told = listed(f"{text} text from {number(r['first'])} to {number(r['last'])}" for text, r in ends.iterrows())
