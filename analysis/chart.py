@@ -18,11 +18,13 @@ FAINT = "rgba(128,128,128,0.25)"
 CELL_TEXT = {"size": 11, "weight": 700}   # figures in the cells of a heatmap: thin ones vanish on the middle of a colour scale
 INK = "#7d7d7d"   # text of exported figures, legible on white and on black; a page's theme puts its own in the template's place
 
+LEGEND = 40   # pixels that a legend takes above the axes; where there is one, a page's figure makes room for it by itself
+
 TEMPLATE = go.layout.Template(layout={
     "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "font": {"color": INK, "size": 13}, "colorway": list(CATEGORIES),
     "xaxis": {"gridcolor": FAINT, "zeroline": False, "automargin": True, "ticks": "", "title": {"standoff": 10}},
     "yaxis": {"gridcolor": FAINT, "zeroline": False, "automargin": True, "ticks": "", "title": {"standoff": 10}},
-    "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}, "margin": {"l": 60, "r": 20, "t": 40, "b": 50},
+    "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}, "margin": {"l": 60, "r": 20, "t": 12, "b": 50},
     "hovermode": "closest", "height": 420,
 })
 
@@ -50,7 +52,7 @@ class Chart:
         copy = go.Figure(self.figure)
         entries = sum(bool(trace.name) and trace.showlegend is not False for trace in copy.data)
         room = 30 + 20 * -(-entries // 5)   # the legend stands between the title and the axes, in lines of about five
-        top = (copy.layout.margin.t or TEMPLATE.layout.margin.t) + room
+        top = max(copy.layout.margin.t or 0, LEGEND) + room
         height = (copy.layout.height or TEMPLATE.layout.height) + room
         if copy.layout.legend.yref == "container":   # it stood where the title comes
             copy.layout.legend.y = 1 - 34 / height

@@ -36,6 +36,11 @@ def test_losses_are_what_the_perplexities_are_made_of(run):
         assert np.exp(rows.loss.sum() / rows.tokens.sum()) == pytest.approx(r.value, rel=1e-12) and len(rows) == r.n
 
 
+def test_what_is_of_this_run_stands_before_the_experiments(run):
+    order = [heading.value for heading in opened().subheader]
+    assert order[-1] == "Experiments" and {"Size and speed", "Export the checkpoint", "All figures of this run"} <= set(order)
+
+
 def test_differences_are_taken_on_the_same_windows(run):
     losses = run.losses()
     values = {m: np.exp(rows.loss.sum() / rows.tokens.sum()) for m, rows in losses[losses.text == "legal"].groupby("method")}

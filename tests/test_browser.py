@@ -233,6 +233,21 @@ def test_the_buttons_of_a_figure_cover_no_words(width, visit):
     page.context.close()
 
 
+def test_figures_fill_the_room_they_take(visit):
+    page = visit.chromium.new_context(viewport={"width": 1440, "height": 900}).new_page()
+
+    def layout(key: str, what: str):
+        return page.evaluate(f"document.querySelector('.st-key-{key} .js-plotly-plot')._fullLayout.{what}")
+
+    page.goto(f"{visit.address}/layers")
+    settled(page)
+    assert layout("layers-map", "_size.t") < 20 < layout("layers-whole", "_size.t")   # room above for a legend where there is one
+    page.goto(f"{visit.address}/overlap")
+    settled(page)
+    assert layout("overlap-plane", "xaxis._length") > 0.6 * layout("overlap-plane", "width")
+    page.context.close()
+
+
 def clicked(page, key: str, n: int) -> list:
     """What the n-th click target of a figure carries, having been clicked."""
     page.locator(f".st-key-{key}").first.scroll_into_view_if_needed()

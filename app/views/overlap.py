@@ -106,24 +106,25 @@ def the_plane() -> None:
     brushing = (from_general, from_domain) != (ALL, ALL)
     ranks = data.sides(run, domain, matrix, ("general", "domain"))
     histogram = overlap.joint_histogram(ranks["general"], ranks["domain"])
-    widgets.chart(figures.plane(histogram, at_general, at_domain, GENERAL, DOMAIN, here,
-                                tuple(end / 100 for end in (*from_general, *from_domain)) if brushing else None),
-                  "overlap-plane", on_select=take_brush, selection_mode="box")
-    brushed(ranks, from_general, from_domain, brushing)
+    plane, beside = st.columns([2, 1], vertical_alignment="center", gap="medium")   # it is a square: over the whole width half would be empty
+    with plane:
+        widgets.chart(figures.plane(histogram, at_general, at_domain, GENERAL, DOMAIN, here,
+                                    tuple(end / 100 for end in (*from_general, *from_domain)) if brushing else None),
+                      "overlap-plane", on_select=take_brush, selection_mode="box")
+    brushed(beside, ranks, from_general, from_domain, brushing)
     kept_of_regions(ranks, at_general, at_domain)
 
 
-def brushed(ranks, from_general, from_domain, brushing: bool) -> None:
-    """Where in the matrix the weights of the drawn box sit."""
+def brushed(beside, ranks, from_general, from_domain, brushing: bool) -> None:
+    """How many weights lie in the drawn box, beside the plane, and below it where in the matrix they sit."""
     if not brushing:
-        st.caption("Draw a box over the plane, or move the ranges above it, to see where those weights sit in the matrix.")
+        beside.caption("Draw a box over the plane, or move the ranges above it, to see how many weights lie there, and where they sit in the matrix.")
         return
     flags = overlap.brushed(ranks["general"], ranks["domain"], overlap.bin_range(*from_general), overlap.bin_range(*from_domain))
     share = float(flags.mean())
-    left, right = st.columns([3, 1], vertical_alignment="center")
-    left.markdown(f"**{int(flags.sum()):,}** of {flags.size:,} weights ({percent(share)}) lie in the box: general ranks {from_general[0]} "
-                  f"to {from_general[1]} %, domain ranks {from_domain[0]} to {from_domain[1]} %.")
-    right.button("Clear the box", on_click=clear_brush)
+    beside.markdown(f"**{int(flags.sum()):,}** of {flags.size:,} weights ({percent(share)}) lie in the box: general ranks {from_general[0]} "
+                    f"to {from_general[1]} %, domain ranks {from_domain[0]} to {from_domain[1]} %.")
+    beside.button("Clear the box", on_click=clear_brush)
     if not flags.any():
         return
     widgets.chart(tiles.mask_overview(

@@ -296,6 +296,6 @@ def asked() -> None:
     experiments.section(run)
 
 
-for part in (quality, over_sparsity, compare, asked, size_and_speed, checkpoint, table):
+for part in (quality, over_sparsity, compare, size_and_speed, checkpoint, table, asked):   # experiments, which are long, after all that is of this run
     with widgets.guarded():
         part()
