@@ -18,6 +18,7 @@ from dpruner.walk import Progress, quiet, stack
 
 WAYS = ("full", "lora")
 RATE = {"full": 3e-4, "lora": 3e-3}   # at the start; it falls to 0 in a straight line
+ROOM = {"full": 7.0, "lora": 3.0}   # times the weights: copies, masks, gradients and moments beside them; where that is not free, blocks wait on the host
 EPOCHS, BATCH, RANK = 2, 8, 8
 
 
@@ -38,7 +39,7 @@ def finetuned(run: Run, way: str = "full", *, epochs: int = EPOCHS, rate: float 
     if way not in WAYS:
         raise InputError(f"The tuning {way!r} is not known", "a pruned model is tuned in one of two ways", f"choose one of {', '.join(WAYS)}")
     config = RunConfig.from_dict(run.config)
-    model, tokenizer = load_original(run)
+    model, tokenizer = load_original(run, room=ROOM[way])
     sources = dict(split_domain(d) for d in config.domains)
 
     def text(source: str, column: str | None = None) -> list[torch.Tensor]:

@@ -56,7 +56,7 @@ def pick_device(device: str | None = None) -> torch.device:
 
 
 def load_model(name: str = STARTER, *, revision: str | None = None, device: str | None = None, dtype: str | torch.dtype | None = None,
-               most: int | None = None):
+               most: int | None = None, room: float = ROOM):
     """Load a causal decoder and its tokenizer, ready for scoring.
 
     Args:
@@ -64,8 +64,9 @@ def load_model(name: str = STARTER, *, revision: str | None = None, device: str 
         revision: branch, tag or commit of a hub id; pin a commit to repeat a result.
         device: "cpu", "cuda", "cuda:1", "mps"; default the best there is.
         dtype: "float32", "bfloat16", "float16"; default float32 on the CPU and the stored precision on an accelerator.
-        most: bytes that weights may take on an accelerator, default what is free there; where they are more, those of blocks wait on the host and
-            visit it when their block computes, with the same results.
+        most: bytes that may be used on an accelerator, default what is free there; where that is less than `room` times the weights, those of blocks
+            wait on the host and visit it when their block computes, with the same results.
+        room: how many times its weights what will be done with the model takes.
 
     Returns:
         (model in eval mode, tokenizer).
@@ -94,7 +95,7 @@ def load_model(name: str = STARTER, *, revision: str | None = None, device: str 
     if outside:
         dtype = model.dtype if dtype == "auto" else dtype
         memory.settle(model, dtype, _on_meta(config, dtype))
-    (offload.offload(model, device) if _is_too_large(model, device, most) else model.to(device)).eval()
+    (offload.offload(model, device) if _is_too_large(model, device, most, room) else model.to(device)).eval()
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         raise InputError(f"The model {name!r} does not fit its tokenizer",
                          f"the tokenizer knows {len(tokenizer)} tokens and the model {model.get_input_embeddings().weight.shape[0]}",
@@ -105,11 +106,11 @@ def load_model(name: str = STARTER, *, revision: str | None = None, device: str 
     return model, tokenizer
 
 
-def _is_too_large(model: nn.Module, device: torch.device, most: int | None) -> bool:
-    """Whether an accelerator has no room for the weights of a model."""
+def _is_too_large(model: nn.Module, device: torch.device, most: int | None, room: float) -> bool:
+    """Whether an accelerator has no room for `room` times the weights of a model."""
     if device.type == "cpu" or distributed.several():
         return False
-    size = ROOM * sum(p.numel() * p.element_size() for p in model.parameters())
+    size = room * sum(p.numel() * p.element_size() for p in model.parameters())
     return memory.plan().offload or size > (memory.available_memory(str(device)) if most is None else most)
 
 

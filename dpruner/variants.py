@@ -7,7 +7,7 @@ from torch import nn
 
 from dpruner.config import RunConfig, split_domain
 from dpruner.errors import InputError
-from dpruner.loading import load_model
+from dpruner.loading import ROOM, load_model
 from dpruner.masks import pruned
 from dpruner.memory import parse_size
 from dpruner.model import fingerprint
@@ -16,11 +16,11 @@ from dpruner.store import Run
 DENSE = "dense"   # the method's name where nothing is pruned
 
 
-def load_original(run: Run, device: str | None = None):
+def load_original(run: Run, device: str | None = None, room: float = ROOM):
     """The model a run pruned, dense, in the precision it had there.
 
     Args:
-        device: as `load_model` takes it; default the run's own.
+        device, room: as `load_model` takes them; the device by default the run's own.
 
     Returns:
         (model in eval mode, tokenizer).
@@ -33,7 +33,7 @@ def load_original(run: Run, device: str | None = None):
     if "model" not in record:
         raise InputError(f"The run {run.id} holds no model yet", "it has not begun", "wait until it has, or choose another run")
     model, tokenizer = load_model(config.model, revision=record["model"]["commit"] or config.revision, device=device or config.device,
-                                  dtype=record["device"]["precision"], most=config.memory and parse_size(config.memory))
+                                  dtype=record["device"]["precision"], most=config.memory and parse_size(config.memory), room=room)
     if fingerprint(model) != record["model"]["fingerprint"]:
         raise InputError(f"The model {config.model!r} is not the one that was pruned", "its weights have changed since the run",
                          "restore the model, or run again")

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpruner import InputError, RunConfig, domain_importance, estimate, general_importance, load_model, loading, memory, offload, perplexity, pipeline
 from dpruner.domain import FineTune, stream_gradients
-from dpruner.finetune import tune_kept
+from dpruner.finetune import finetuned, tune_kept
 from dpruner.generate import generate
 from dpruner.masks import make_masks, pruned
 from dpruner.memory import Plan
@@ -198,6 +198,24 @@ def test_what_has_no_room_visits_when_it_is_loaded(on_card, llama, monkeypatch):
     assert {p.device for p in load_model(str(llama))[0].parameters()} == {card.DEVICE, CPU}
     ids = tiny_batches(1)[0].to(card.DEVICE)
     assert torch.equal(stays(input_ids=ids).logits, visits(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("way", ["full", "lora"])
+def test_models_are_tuned_to_the_same_bits_where_tuning_has_no_room(way, on_card, llama, tmp_path, monkeypatch):
+    if way == "lora":
+        pytest.importorskip("peft")
+    config = RunConfig(model=str(llama), domains=("legal",), dtype="bfloat16", nsamples=4, seqlen=32, halves=False, evaluate=False)
+    size, found = sum(2 * p.numel() for p in tiny("llama").parameters()), []
+    for free in (10**9, 2 * size):   # the second is enough to generate with
+        monkeypatch.setattr(memory, "available_memory", lambda device, free=free: free)
+        run = pipeline.run(config, runs=tmp_path / f"runs {free}", cache=tmp_path / "cache")
+        gc.collect()
+        on_card.peak = on_card.used
+        finetuned(run, way, epochs=1)
+        found.append((run.weights("dpruner", "legal"), on_card.peak))
+    (stays, most), (visits, peak) = found
+    assert peak < most / 1.5 and all(torch.equal(stays[n], visits[n]) for n in stays)
+    assert any((stays[n] != 0).any() for n in stays) and all((stays[n][~mask] == 0).all() for n, mask in run.masks("dpruner", "legal").items())
 
 
 SEVEN = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000}
