@@ -36,12 +36,14 @@ SHAPES = {   # of random weights, with the starter's tokenizer; no constant of t
     "gpt2": GPT2Config(n_embd=640, n_layer=8, n_head=10, vocab_size=8192, n_positions=512),
 }
 KINDS = {"ten times the starter": TEN,
-         "deep": {"walk": {"compensate": "walk", "general_mode": "sequential"}, "walk, at most 600MB": {"compensate": "walk", "memory": "600MB"},
+         "deep": {"walk": {"compensate": "walk", "general_mode": "sequential"}, "walk, at most 560MB": {"compensate": "walk", "memory": "560MB"},
                   "global, 1,024 tokens": {"granularity": "global", "seqlen": 1024},
                   "compensate after, 1,024 tokens, at most 750MB": {"compensate": "after", "seqlen": 1024, "evaluate": False, "memory": "750MB"}},
-         "wide": {"walk": {"compensate": "walk", "evaluate": False}, "taylor, 512 tokens": {"formula": "taylor", "seqlen": 512},
+         "wide": {"walk": {"compensate": "walk", "evaluate": False},
+                  "walk, bfloat16": {"compensate": "walk", "dtype": "bfloat16", "evaluate": False}, "taylor, 512 tokens": {"formula": "taylor", "seqlen": 512},
                   "walk, bfloat16, at most 1400MB": {"compensate": "walk", "dtype": "bfloat16", "evaluate": False, "memory": "1400MB"}},
-         "gpt2": {"halves, two domains, compensate after": {"methods": ("dpruner", "wanda"), "domains": ("legal", "finance"), "halves": True,
+         "gpt2": {"compensate after": {"compensate": "after"},
+                  "halves, two domains, compensate after": {"methods": ("dpruner", "wanda"), "domains": ("legal", "finance"), "halves": True,
                                                             "compensate": "after"},
                   "release, fine-tuning, at most 850MB": {"formula": "release", "finetune": True, "epochs": 1, "seqlen": 256, "memory": "850MB"}}}
 PLAYED = {"balanced": {}, "taylor": {"formula": "taylor"}, "release, fine-tuning": {"formula": "release", "finetune": True, "epochs": 1},
