@@ -315,12 +315,18 @@ class Outline:
 def seconds(config: RunConfig, model: nn.Module, texts: Outline, speed: Speed, device: str) -> float:
     """How long a run takes on a device that has nothing else to do, without downloads: its planned work at the measured speed."""
     prunable, total = count_weights(model)
-    vocabulary, hidden = model.get_input_embeddings().weight.shape
     passes = sum(planned.cost for planned in pipeline.planned_work(config, texts))
     masks, ranks = _files(config)
     handled = (ranks + masks / 2) * prunable / speed.sorted
     loading = START + total * precision(config, model, device).itemsize / LOADING
-    return loading + passes * 2 * (prunable + vocabulary * hidden) / (EFFICIENCY * speed.flops) + handled
+    return loading + passes * pass_seconds(model, speed) + handled
+
+
+def pass_seconds(model: nn.Module, speed: Speed) -> float:
+    """Seconds that one token's forward pass takes: two operations for each prunable weight and each of the head."""
+    prunable, _ = count_weights(model)
+    vocabulary, hidden = model.get_input_embeddings().weight.shape
+    return 2 * (prunable + vocabulary * hidden) / (EFFICIENCY * speed.flops)
 
 
 @dataclass(frozen=True)

@@ -88,9 +88,8 @@ def forecast(points: Sequence[Judged], model: nn.Module | None = None, speed: es
 
 
 def _seconds(points: Sequence[Judged], model: nn.Module, speed: estimate.Speed, device: str) -> Iterator[Seconds]:
-    prunable, total = count_weights(model)
-    vocabulary, hidden = model.get_input_embeddings().weight.shape
-    token = 2 * (prunable + vocabulary * hidden) / (estimate.EFFICIENCY * speed.flops)   # one pass of one token, as `estimate.seconds` counts it
+    _, total = count_weights(model)
+    token = estimate.pass_seconds(model, speed)
     loading = total * estimate.precision(points[0].config, model, device).itemsize / estimate.LOADING
     known, asked = set(), set()
     for point in points:
