@@ -204,7 +204,6 @@ def waits(run: Run) -> Callable[[int], None]:
 def work(folder: Path, cache: Path) -> None:
     """The job's own process: wait for the device, then run."""
     from dpruner import experiments, pipeline   # after the status tells that the job lives
-    from dpruner import experiments, pipeline   # after the status tells that the job lives
     if (folder / "experiment.json").is_file():
         experiment = experiments.Experiment(folder)
         experiments.conduct(experiment, cache=cache, waiting=waits(experiment))

@@ -75,6 +75,7 @@ def test_runs_wait_for_the_device_in_their_order_and_a_waiting_one_can_be_cancel
     assert (tmp_path / "cache" / "general").is_dir() and store.find_runs(runs)[-1].id == first.id
     wait_for(lambda: worker.state(third)["state"] == "failed")
     assert sentence(worker.state(third)).startswith("The model 'no-such-model' could not be loaded: ")
+    wait_for(lambda: (third.folder / worker.LOG).read_text())   # written when the status tells already that it failed
     assert sentence(worker.state(third)) in (third.folder / worker.LOG).read_text()
     assert (first.folder / worker.LOG).read_text() == ""
     ended, began = ((r.folder / "status.json").stat().st_mtime for r in (first, third))
