@@ -14,6 +14,7 @@ from torch import nn
 from dpruner import distributed, pipeline
 from dpruner.calibration import CATALOGUE, load_texts
 from dpruner.config import RunConfig, split_domain
+from dpruner.domain import SMALLEST_PART
 from dpruner.errors import InputError
 from dpruner.formulas import FORMULAS
 from dpruner.loading import DTYPES, blank_model, is_here, pick_device
@@ -31,6 +32,8 @@ EFFICIENCY = 0.38       # share of a bare matrix product's speed that passes thr
 HUB_CHARACTERS = 2000   # of a document nobody has downloaded yet
 LOGITS = 12             # bytes for each word of the vocabulary and token: as they come, in a row, as log-probabilities; shorter ones in float32 too
 PASSES = (1, 2, 4, 8, 16, 32)   # over the calibration
+OUTSIDE = ("weights that wait", "general importance", "domain scores", "copy of the weights", "masks and weights", "Fishers", "scores of another method",
+           "texts inside the model", "ranks", "masks and weights put aside")   # what lives outside the device's memory where a plan says so
 SCORES = {"balanced": 4, "taylor": 12, "release": 8}   # bytes per prunable weight that a domain pass adds to
 
 
@@ -67,46 +70,69 @@ def peak_memory(config: RunConfig, model: nn.Module, device: str, plan: Plan | N
     """
     plan = plan or (choose(config, model, device, parse_size(config.memory)) if config.memory else Plan())
     kind = torch.device(device).type
-    files = plan.outside and kind == "cpu"
+    stages = _stages(config, model, precision(config, model, device).itemsize, plan, kind)
+    worst = _worst([{what: size for what, size in parts.items() if not plan.outside or what not in OUTSIDE} for parts in stages])
+    spare = 1 if plan.outside and kind == "cpu" else SPARE   # `memory.following` lets none be kept there
+    return {"program": round(PROGRAM.get(kind, 0)), **{what: round(spare * size) for what, size in worst.items()}}
+
+
+def outside(config: RunConfig, model: nn.Module, device: str, plan: Plan) -> dict[str, int]:
+    """Bytes that live outside the device's memory at the worst moment of a run, by what they are for: in files of the cache folder.
+
+    The system keeps them in the host's memory as long as that has room.
+
+    Args:
+        model, device, plan: as `peak_memory` takes them.
+    """
+    if not plan.outside:
+        return {}
+    stages = _stages(config, model, precision(config, model, device).itemsize, plan, torch.device(device).type)
+    return {what: round(size) for what, size in _worst([{what: parts.get(what, 0) for what in OUTSIDE} for parts in stages]).items()}
+
+
+def _worst(stages: list[dict[str, float]]) -> dict[str, float]:
+    worst = max(stages, key=lambda parts: sum(parts.values()))
+    return {what: size for what, size in worst.items() if size}
+
+
+def _stages(config: RunConfig, model: nn.Module, item: int, plan: Plan, kind: str) -> list[dict[str, float]]:
+    """Bytes in every stage of a run, on the device and, where the plan says so and OUTSIDE names them, outside it."""
     prunable, total = count_weights(model)
-    item = precision(config, model, device).itemsize
-    inside = 0 if plan.outside else 1   # of what is as large as the model, how often it is there
-    weights = 0 if files else _on_device(model, plan, kind) * item
-    always = {"weights": weights, "general importance": 4 * prunable * inside}
+    blocks = [sum(p.numel() for p in block.parameters()) for block in decoder_blocks(model)[1]]
+    always = {"weights": total * item, "general importance": 4 * prunable}
+    if plan.outside and kind == "cpu":
+        always |= {"weights": 0, "weights that wait": total * item}
+    elif plan.offload:   # a block's visit
+        always |= {"weights": (total - sum(blocks) + max(blocks)) * item, "weights that wait": sum(blocks) * item}
     scoring = _domain_pass(config, model, item, plan, kind)
     if kind == "cpu" and config.general_mode == "static" and not config.finetune and _stored(model).itemsize == item:
         scoring["weights"] = 0   # nothing has changed them yet: they are still pages of their file
-    stages = _walks(config, model, item, inside, plan, kind) + [scoring, _judging(config, model, item, inside)]
     largest = max(m.weight.numel() for m in prunable_linears(model).values())
-    stages.append({"domain scores": 8 * prunable * inside, "ranks": prunable * inside, "ranking of one matrix": 32 * largest})
-    worst = max((always | parts for parts in stages), key=lambda parts: sum(parts.values()))
-    return {"program": round(PROGRAM.get(kind, 0)), **{what: round(SPARE * size) for what, size in worst.items() if size}}
+    scored = {"domain scores": 8 * prunable} if _is_scored(config) else {}
+    ranking = {"ranks": prunable, "ranking of one matrix": 32 * largest}
+    return [always | parts for parts in (*_walks(config, model, item, plan, kind), scoring, scored | ranking, scored | _judging(config, model, item))]
 
 
-def _on_device(model: nn.Module, plan: Plan, kind: str) -> int:
-    """How many weights are on the device at once: all, or those outside blocks and a block's that visits."""
-    _, total = count_weights(model)
-    if not plan.offload or kind == "cpu":
-        return total
-    blocks = [sum(p.numel() for p in block.parameters()) for block in decoder_blocks(model)[1]]
-    return total - sum(blocks) + max(blocks)
+def _is_scored(config: RunConfig) -> bool:
+    """Whether there is a domain pass whose scores are kept while the domain's models are made."""
+    return pipeline.wants_sides(config) or bool({"domain", "general"} & set(config.methods))
 
 
-def _walks(config: RunConfig, model: nn.Module, item: int, inside: int, plan: Plan, kind: str) -> list[dict[str, float]]:
+def _walks(config: RunConfig, model: nn.Module, item: int, plan: Plan, kind: str) -> list[dict[str, float]]:
     """Of general importance, and of a compensation where there is one."""
     prunable, _ = count_weights(model)
     blocks = _linears_by_block(model)
     block = max(sum(m.weight.numel() for m in linears.values()) for linears in blocks)
     groups = max(map(_groups, blocks), key=lambda found: sum(n * n for n, _ in found))
-    text = inside * config.nsamples * config.seqlen * hidden_size(model) * item
-    tokens = max(config.seqlen, TOKENS_PER_PASS)
+    text = config.nsamples * config.seqlen * hidden_size(model) * item
+    tokens = min(max(config.seqlen, TOKENS_PER_PASS), config.nsamples * config.seqlen)
 
     def walk(sets: int, refined: bool, static: bool = False) -> dict[str, float]:
         # of the linears that share an input: float32 copies, stacked ones, transposed ones; the factor of H in float64; then what `refine` steps with
         swept = 0 if static else 46 if refined else 18
-        at_work = max(max(8 * n * out + 40 * n * n, swept * n * out + 16 * n * n) for n, out in groups)
-        text_inside = tokens * sum(n for n, _ in groups) * item   # gone before the first sweep, which an accelerator's allocator makes use of
-        at_work = at_work + text_inside if kind == "cpu" else max(at_work, text_inside)
+        at_work = max(max((4 if static else 8) * n * out + 32 * n * n, swept * n * out + 16 * n * n) for n, out in groups)
+        text_inside = tokens * sum(n for n, _ in groups) * item   # gone before the first sweep, but not for an allocator that keeps it
+        at_work = at_work + text_inside if kind == "cpu" and not plan.outside else max(at_work, text_inside)
         return {"one block": (0 if static or plan.offload else item * block) + at_work, "Hessians": sets * sum(8 * n * n for n, _ in groups),
                 "texts inside the model": sets * text}
 
@@ -114,11 +140,10 @@ def _walks(config: RunConfig, model: nn.Module, item: int, inside: int, plan: Pl
     if config.compensate or "sparsegpt" in config.methods:
         mixed = config.hessian if config.compensate else config.baseline_calibration
         walked = config.compensate == "walk" and "dpruner" in config.methods
-        scored = {"dpruner", "domain", "general"} & set(config.methods) and (pipeline.wants_sides(config) or {"domain", "general"} & set(config.methods))
         found.append(walk(2 if mixed == "mix" else 1, walked and config.refine > 0) | {
-            "domain scores": inside * prunable * (8 if scored else 0), "masks and weights": inside * prunable * (1 + item),
-            "Fishers": inside * prunable * (8 if config.fisher == "both" else 4) if walked else 0,
-            "scores of another method": inside * prunable * 4 if config.compensate == "after" and {"wanda", "magnitude", "random"} & set(config.methods) else 0})
+            "domain scores": prunable * (8 if _is_scored(config) else 0), "masks and weights": prunable * (1 + item),
+            "Fishers": prunable * (8 if config.fisher == "both" else 4) if walked else 0,
+            "scores of another method": prunable * 4 if config.compensate == "after" and {"wanda", "magnitude", "random"} & set(config.methods) else 0})
     return found
 
 
@@ -142,34 +167,48 @@ def _groups(linears: Mapping[str, nn.Module]) -> list[tuple[int, int]]:
 
 def _domain_pass(config: RunConfig, model: nn.Module, item: int, plan: Plan, kind: str) -> dict[str, float]:
     """Scores, one gradient, and what backward needs of the text that passes through."""
-    files, prunable, total = plan.outside and kind == "cpu", *count_weights(model)
-    shapes, blocks = [tuple(m.weight.shape) for m in prunable_linears(model).values()], decoder_blocks(model)[1]
-    vocabulary, hidden = model.get_input_embeddings().weight.shape
-    per_token = sum(map(sum, shapes)) * item + hidden * 4 * len(blocks)   # in- and outputs of linears
-    if plan.checkpointing or plan.offload:
-        per_token = per_token / len(blocks) + hidden * item * len(blocks)
-    # those of a tuned model are added to where its weights are; without a limit the dual scores of "balanced" are made beside the domain's
-    in_pass = 0 if files or plan.offload and config.finetune else prunable / (1 if config.finetune else plan.passes)
-    found = {"domain scores": (SCORES[config.formula] + (4 if config.formula == "balanced" and not plan.outside else 0)) * in_pass,
-             "general importance of a part": 4 * in_pass if plan.outside and FORMULAS[config.formula].regards_general else 0,
-             "weights of a part": item * in_pass if plan.offload else 0}
-    tokens, largest = config.seqlen, max(a * b for a, b in shapes)
+    prunable, total = count_weights(model)
+    here = not plan.outside or kind != "cpu" and not (plan.offload and config.finetune)   # a tuned model's are added to where its weights are
+    in_pass = prunable / (1 if config.finetune else plan.passes)
+    found = {"domain scores": SCORES[config.formula] * prunable}
+    if plan.outside and here:
+        found = {"domain scores": 8 * prunable, "scores of a part": SCORES[config.formula] * in_pass, "weights of a part": item * in_pass * plan.offload,
+                 "general importance of a part": 4 * in_pass * FORMULAS[config.formula].regards_general}
+    if config.finetune and (kind == "cpu" or plan.outside):
+        found["copy of the weights"] = total * item
+    return found | {"gradients and activations": _passing(config, model, item, plan.checkpointing or plan.offload)}
+
+
+def _passing(config: RunConfig, model: nn.Module, item: int, twice: bool) -> float:
+    """What a forward and a backward pass need beside weights and scores: at the loss, or when the gradients of the head or of a block are there.
+
+    Args:
+        twice: blocks keep their input only, and are computed a second time.
+    """
+    shapes, blocks = [tuple(m.weight.shape) for m in prunable_linears(model).values()], len(decoder_blocks(model)[1])
+    embedding, head = model.get_input_embeddings().weight, getattr(model.get_output_embeddings(), "weight", None)
+    vocabulary, hidden = embedding.shape
+    tokens, words = config.seqlen, 0
+    gradient = max(a * b for a, b in shapes)
+    gradient = gradient * item + 12 * min(gradient, max(gradient // 16, SMALLEST_PART))   # and what is computed on a part of it
     if config.finetune:
-        tokens, largest = min(8, config.nsamples) * min(config.seqlen, 1024), max(largest, vocabulary * hidden)
-        found["copy of the weights"] = total * item if kind == "cpu" and not files else 0
-    return found | {"gradients and activations": largest * (item + 4) + tokens * int(1.2 * per_token + LOGITS * vocabulary)}
+        tokens, words = min(8, config.nsamples) * min(config.seqlen, 1024), vocabulary * hidden * item
+    of_linears = int(1.2 * (sum(map(sum, shapes)) * item + hidden * 4 * blocks))   # in- and outputs
+    kept, block = (hidden * item * blocks, of_linears / blocks) if twice else (of_linears, 0)
+    held = words if head is embedding else 0   # until the embedding's own gradient joins it
+    return tokens * kept + max(tokens * LOGITS * vocabulary, tokens * 8 * vocabulary + words, tokens * block + gradient + held, words + held)
 
 
-def _judging(config: RunConfig, model: nn.Module, item: int, inside: int) -> dict[str, float]:
-    """Perplexity of a pruned model."""
-    if not config.evaluate:
-        return {}
+def _judging(config: RunConfig, model: nn.Module, item: int) -> dict[str, float]:
+    """A pruned model, and its perplexity."""
     prunable, _ = count_weights(model)
+    aside = 2 * item if config.compensate or "sparsegpt" in config.methods else config.sparsity * item   # moved weights, and the original ones
+    found = {"masks and weights put aside": (2 + aside) * prunable}
+    if not config.evaluate:
+        return found
     widest = max(max(m.weight.shape) for m in prunable_linears(model).values())
     tokens = max(config.eval_seqlen or usual_window(model), TOKENS_PER_PASS)
-    aside = 2 * item if config.compensate or "sparsegpt" in config.methods else config.sparsity * item   # moved weights, and the original ones
-    return {"domain scores": inside * 8 * prunable, "masks and weights put aside": inside * (2 + aside) * prunable,
-            "evaluation": tokens * (LOGITS * model.get_input_embeddings().weight.shape[0] + 4 * widest * item)}
+    return found | {"evaluation": tokens * (LOGITS * model.get_input_embeddings().weight.shape[0] + 4 * widest * item)}
 
 
 def choose(config: RunConfig, model: nn.Module, device: str, allowance: int) -> Plan:

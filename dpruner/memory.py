@@ -1,7 +1,7 @@
 """Where tensors as large as the model live while a run keeps to a limit: outside the device's memory.
 
-Outside a CPU's memory means in files without a name that the system reads and writes as they are needed; outside an accelerator's, on the host. What
-is computed there are the same bits.
+Outside means in files without a name, which the system keeps in memory as long as there is room, and reads and writes as they are needed where there is
+none. What is computed there are the same bits.
 """
 
 import contextlib
@@ -84,7 +84,7 @@ def following(plan: Plan, folder: Path) -> Iterator[None]:
 def give_back_at_once() -> None:
     """Let the C library return what is freed to the system: by itself it keeps pieces for later, for every thread, in time as many as make a model."""
     with contextlib.suppress(OSError, AttributeError):   # other systems have other libraries
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)   # with 2**20, activations and masks left holes of 150 MB
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
 
 
@@ -125,23 +125,17 @@ def is_large(tensor: torch.Tensor) -> bool:
 
 def zeros(like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Zeros of the shape of a tensor, for results: outside where things live outside, else on its device."""
-    if not _lives_outside(like):
-        return torch.zeros_like(like, dtype=dtype)
-    return sums(like, dtype) if like.device.type == "cpu" else torch.zeros(like.shape, dtype=dtype or like.dtype)
+    return _file(like.shape, dtype or like.dtype).zero_() if _lives_outside(like) else torch.zeros_like(like, dtype=dtype)
 
 
 def sums(like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Zeros of the shape of a tensor, to add to with every batch: on its device, but outside a CPU's memory."""
-    if like.device.type == "cpu" and _lives_outside(like):
-        return _file(like.shape, dtype or like.dtype).zero_()
-    return torch.zeros_like(like, dtype=dtype)
+    return zeros(like, dtype) if like.device.type == "cpu" else torch.zeros_like(like, dtype=dtype)
 
 
 def copied(tensor: torch.Tensor) -> torch.Tensor:
     """A copy of a tensor, outside where things live outside."""
-    if not _lives_outside(tensor):
-        return tensor.clone()
-    return _file(tensor.shape, tensor.dtype).copy_(tensor) if tensor.device.type == "cpu" else tensor.cpu()
+    return _file(tensor.shape, tensor.dtype).copy_(tensor) if _lives_outside(tensor) else tensor.clone()
 
 
 def kept(tensor: torch.Tensor) -> torch.Tensor:

@@ -133,17 +133,23 @@ def pruned_models(job: Job, cache: Path) -> None:
     G = cached_general_importance(job, cache)
     general_fisher = cached_general_fisher(job, cache)
     status.about = DENSE
-    metrics, stats, losses = [job.partial.table(DENSE, lambda: dense_perplexities(job))], [], [job.partial.get("losses", DENSE)]
+    metrics, losses = [job.partial.table(DENSE, lambda: dense_perplexities(job))], [job.partial.get("losses", DENSE)]
     for label in prepared.texts.labels:
         for piece, compute in pieces(job, label, G, general_fisher):
             metrics.append(job.partial.table(piece, compute))
-        stats += [job.partial.get("stats", f"{method}@{label}") for method in config.methods]
         losses += [job.partial.get("losses", f"{method}@{label}") for method in config.methods]
     metrics.append(similarities(run, config, prepared.texts.labels))
-    store.write_table(run.folder / "stats.parquet", in_parts(pd.concat(stats, ignore_index=True)))
+    store.write_tables(run.folder / "stats.parquet", all_stats(job))
     store.write_table(run.folder / "losses.parquet", pd.concat(losses, ignore_index=True))
     store.write_table(run.folder / store.LAST, pd.concat([m for m in metrics if len(m)], ignore_index=True))
     job.partial.clear()
+
+
+def all_stats(job: Job) -> Iterator[pd.DataFrame]:
+    """The parts of stats.parquet, mask by mask: together they may take more memory than anything else."""
+    methods, labels = job.config.methods, job.prepared.texts.labels
+    for method, label in itertools.product(sorted(methods), sorted(labels)):
+        yield in_parts(job.partial.get("stats", f"{method}@{label}"), method=(method, methods), domain=(label, labels))
 
 
 def pieces(job: Job, label: str, G: Scores, general_fisher: Scores | None) -> Iterator[tuple[str, Callable[[], pd.DataFrame]]]:
@@ -171,7 +177,7 @@ def pruned_and_judged(job: Job, method: str, label: str, S: Callable[[], DomainI
         scores = score(job, method, label, S)
         kept = prune(job, method, label, scores, general_fisher)
         save(job.run, method, label, scores, kept)
-        job.partial.put("stats", piece, matrix_stats(model, kept.masks, scores).assign(method=method, domain=label))
+        job.partial.put("stats", piece, matrix_stats(model, kept.masks, scores))
         del scores
     with pruned(model, kept.masks, kept.weights):
         found = text_losses(job, method, label, job.prepared.texts.judged(label))

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -130,8 +130,16 @@ def opened(path: Path, device: str = "cpu"):
 
 
 def write_table(path: Path, rows: pd.DataFrame) -> None:
-    with replacing(path) as temporary:
-        rows.to_parquet(temporary, index=False, row_group_size=ROW_GROUP)
+    write_tables(path, [rows])
+
+
+def write_tables(path: Path, tables: Iterable[pd.DataFrame]) -> None:
+    """Tables of the same columns below each other in one file, in the memory of one of them; there is at least one."""
+    with replacing(path) as temporary, contextlib.ExitStack() as opened:
+        writer = None
+        for table in (pa.Table.from_pandas(rows, preserve_index=False) for rows in tables):
+            writer = writer or opened.enter_context(pq.ParquetWriter(temporary, table.schema))
+            writer.write_table(table, ROW_GROUP)
 
 
 def read_table(path: Path, filters: list[tuple] | None = None) -> pd.DataFrame:

@@ -97,7 +97,7 @@ def write_large(runs: Path) -> None:
                   "transposed": [], "heads": {n: ["column" if "o_proj" in n else "row", 128] for n in shapes() if "self_attn" in n}}})
     for kind in ("masks", "ranks", "edges"):
         (run.folder / kind).mkdir()
-    tables = []
+    tables = {}
     for number, (method, domain) in enumerate(itertools.product(("dpruner", "general", "domain"), config.domains)):
         rng, ranks, masks, edges = np.random.default_rng(number), {}, {}, {}
         for name, (out, into) in shapes().items():
@@ -106,12 +106,13 @@ def write_large(runs: Path) -> None:
             if method == "dpruner":
                 kept = found >= BIN // 2
                 masks[name] = np.packbits(kept, axis=-1, bitorder="little")
-                tables.append(counted(name, kept).assign(method=method, domain=domain))
+                tables.setdefault(domain, []).append(counted(name, kept))
         save_file(ranks, run.path("ranks", method, domain))
         save_file(edges, run.path("edges", method, domain))
         if masks:
             save_file(masks, run.path("masks", method, domain), {"shapes": json.dumps(shapes())})
-    store.write_table(run.folder / "stats.parquet", in_parts(pd.concat(tables, ignore_index=True)))
+    store.write_tables(run.folder / "stats.parquet", (in_parts(pd.concat(tables[d], ignore_index=True), method=("dpruner", config.methods),
+                                                               domain=(d, config.domains)) for d in sorted(tables)))
     exact = [("dpruner", "healthcare", "legal", "jaccard", FLOOR), ("dpruner", "healthcare", "legal", "jaccard floor", FLOOR)]
     store.write_table(run.folder / "metrics.parquet", pd.DataFrame(
         [(*e, math.nan, math.nan, weights) for e in exact], columns=["method", "domain", "text", "metric", "value", "low", "high", "n"]))
