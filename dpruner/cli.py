@@ -58,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     prune = commands.add_parser("prune", parents=[common], help="prune a model for one or more domains, evaluate, keep everything in a run folder")
     prune.add_argument("--config", metavar="FILE", help="a run.json or its settings, to repeat a run; other options override it")
     prune.add_argument("--cache", default="cache", metavar="FOLDER", help="folder of what runs share (default: cache)")
+    prune.add_argument("--dry-run", action="store_true", help="only tell what the run would take: time, memory, disk, and what is wrong with it")
     for field in dataclasses.fields(RunConfig):
         _add_setting(prune, field)
     prune.set_defaults(command=command_prune)
@@ -139,20 +140,33 @@ def command_prune(args: argparse.Namespace) -> None:
     earlier = _config_file(args.config) if args.config else {}
     config = settings(args, earlier)
     config.check()
+    if args.dry_run:
+        return _show_estimate(config, args)
     run = _finished(config, args, runs=args.runs)
     if run is not None:
         _warn_if_changed(args.config, earlier, run)
         _show(run, args)
 
 
+def _show_estimate(config: RunConfig, args: argparse.Namespace) -> None:
+    """What a run would take."""
+    from dpruner import estimate, loading, tables
+    with loading.quiet_libraries():
+        told = estimate.told(config)
+    print(json.dumps(told, ensure_ascii=False)) if args.json else tables.show_estimate(told, Console(highlight=False))
+
+
 def _finished(config: RunConfig, args: argparse.Namespace, **where):
     """The run, done from beginning to end; None in a process that only helps another one."""
-    from dpruner import distributed, loading, pipeline
+    from dpruner import distributed, estimate, loading, pipeline
     with loading.quiet_libraries(), distributed.team() as first:
         if not first:
             return distributed.follow(lambda: loading.load_model(config.model, revision=config.revision, device=config.device, dtype=config.dtype)[0])
         if config.finetune and distributed.several():
             print("Fine-tuning takes one batch after the other: its domain pass runs in the first process, and the others wait.", file=sys.stderr)
+        if not distributed.several():
+            for caution in estimate.cautions_of(config):
+                print(caution, file=sys.stderr)
         with _watching() as watch:
             return pipeline.run(config, cache=args.cache, watch=watch, **where)
 

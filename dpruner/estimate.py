@@ -2,8 +2,8 @@
 
 import contextlib
 import dataclasses
+import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,39 +11,20 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dpruner import distributed, pipeline
+from dpruner import pipeline
 from dpruner.calibration import CATALOGUE, load_texts
 from dpruner.config import RunConfig, split_domain
-from dpruner.domain import SMALLEST_PART
 from dpruner.errors import InputError
-from dpruner.formulas import FORMULAS
 from dpruner.loading import DTYPES, blank_model, is_here, pick_device
-from dpruner.masks import as_rows, ranked
+from dpruner.masks import ranked
 from dpruner.memory import Plan, available_memory, parse_size
-from dpruner.model import (count_weights, decoder_blocks, hidden_size, prunable_linears, require_length, stored_transposed,
-                           usual_window)
-from dpruner.walk import TOKENS_PER_PASS
+from dpruner.model import count_weights, hidden_size, prunable_linears, require_length
+from dpruner.peak import choose, host_memory, outside, peak_memory, precision, stored
 
-PROGRAM = {"cpu": 380e6, "cuda": 700e6}   # bytes of Python, torch and the text before there is a model; on an accelerator of its context
-SPARE = 1.15            # what allocators keep beyond what is in use
 START = 5.0             # seconds until a process has imported everything
 LOADING = 0.4e9         # bytes a second: read, checked for NaN and fingerprinted
 EFFICIENCY = 0.38       # share of a bare matrix product's speed that passes through a model reach
 HUB_CHARACTERS = 2000   # of a document nobody has downloaded yet
-LOGITS = 12             # bytes for each word of the vocabulary and token: as they come, in a row, as log-probabilities; shorter ones in float32 too
-PASSES = (1, 2, 4, 8, 16, 32)   # over the calibration
-OUTSIDE = ("weights that wait", "general importance", "domain scores", "copy of the weights", "masks and weights", "Fishers", "scores of another method",
-           "texts inside the model", "ranks", "masks and weights put aside")   # what lives outside the device's memory where a plan says so
-SCORES = {"balanced": 4, "taylor": 12, "release": 8}   # bytes per prunable weight that a domain pass adds to
-
-
-def precision(config: RunConfig, model: nn.Module, device: str) -> torch.dtype:
-    """What the weights will be kept in, as `load_model` decides it; of a stored precision what the model's config says."""
-    return DTYPES.get(config.dtype) or (torch.float32 if torch.device(device).type == "cpu" else _stored(model))
-
-
-def _stored(model: nn.Module) -> torch.dtype:
-    return getattr(model.config.get_text_config(), "dtype", None) or torch.float32
 
 
 def require_fitting(config: RunConfig, model: nn.Module) -> None:
@@ -58,168 +39,70 @@ def require_fitting(config: RunConfig, model: nn.Module) -> None:
     require_memory(config, model, str(pick_device(config.device)))
 
 
-def peak_memory(config: RunConfig, model: nn.Module, device: str, plan: Plan | None = None) -> dict[str, int]:
-    """Bytes in use on the device at the worst moment of a run, by what they are for; counted, not measured.
-
-    On a CPU it is memory that belongs to the process alone: pages of files, which the system can drop at any time, are not counted.
-
-    Args:
-        model: of `loading.blank_model`, or a loaded one.
-        device: such as "cpu" or "cuda:0".
-        plan: how it keeps to its limit; default what the config's limit asks for.
-    """
-    plan = plan or (choose(config, model, device, parse_size(config.memory)) if config.memory else Plan())
-    kind = torch.device(device).type
-    stages = _stages(config, model, precision(config, model, device).itemsize, plan, kind)
-    worst = _worst([{what: size for what, size in parts.items() if not plan.outside or what not in OUTSIDE} for parts in stages])
-    spare = 1 if plan.outside and kind == "cpu" else SPARE   # `memory.following` lets none be kept there
-    return {"program": round(PROGRAM.get(kind, 0)), **{what: round(spare * size) for what, size in worst.items()}}
-
-
-def outside(config: RunConfig, model: nn.Module, device: str, plan: Plan) -> dict[str, int]:
-    """Bytes that live outside the device's memory at the worst moment of a run, by what they are for: in files of the cache folder.
-
-    The system keeps them in the host's memory as long as that has room.
+def cautions(config: RunConfig, model: nn.Module, device: str, plan: Plan) -> list[str]:
+    """What to know before a run starts whose host has too little memory, in sentences; none where all is well.
 
     Args:
         model, device, plan: as `peak_memory` takes them.
     """
-    if not plan.outside:
-        return {}
-    stages = _stages(config, model, precision(config, model, device).itemsize, plan, torch.device(device).type)
-    return {what: round(size) for what, size in _worst([{what: parts.get(what, 0) for what in OUTSIDE} for parts in stages]).items()}
+    free, waiting = available_memory("cpu"), sum(outside(config, model, device, plan).values())
+    needed = sum(host_memory(config, model, device, plan).values())
+    if needed > free:
+        return [f"The run will probably not fit into the memory of the host: it takes about {needed / 1e9:.1f} GB there and {free / 1e9:.1f} GB are free; "
+                "use a machine with more, or keep to a limit on the device (such as --memory 16GB), which needs less on the host."]
+    if needed + waiting > free:
+        return [f"About {waiting / 1e9:.1f} GB of weights, scores and masks wait in files of the cache folder, and {free / 1e9:.1f} GB of memory are free to "
+                "hold them: the rest is read from the disk whenever it is needed, which takes longer; free some memory, use the precision bfloat16, or put "
+                "the cache folder on a fast disk."]
+    return []
 
 
-def _worst(stages: list[dict[str, float]]) -> dict[str, float]:
-    worst = max(stages, key=lambda parts: sum(parts.values()))
-    return {what: size for what, size in worst.items() if size}
+def cautions_of(config: RunConfig) -> list[str]:
+    """`cautions` of a run that would start now.
+
+    Raises:
+        InputError: its model or its limit cannot be.
+    """
+    return cautions(config, blank_model(config.model, config.revision), str(pick_device(config.device)), plan_of(config))
 
 
-def _stages(config: RunConfig, model: nn.Module, item: int, plan: Plan, kind: str) -> list[dict[str, float]]:
-    """Bytes in every stage of a run, on the device and, where the plan says so and OUTSIDE names them, outside it."""
-    prunable, total = count_weights(model)
-    blocks = [sum(p.numel() for p in block.parameters()) for block in decoder_blocks(model)[1]]
-    always = {"weights": total * item, "general importance": 4 * prunable}
-    if plan.outside and kind == "cpu":
-        always |= {"weights": 0, "weights that wait": total * item}
-    elif plan.offload:   # a block's visit
-        always |= {"weights": (total - sum(blocks) + max(blocks)) * item, "weights that wait": sum(blocks) * item}
-    scoring = _domain_pass(config, model, item, plan, kind)
-    if kind == "cpu" and config.general_mode == "static" and not config.finetune and _stored(model).itemsize == item:
-        scoring["weights"] = 0   # nothing has changed them yet: they are still pages of their file
-    largest = max(m.weight.numel() for m in prunable_linears(model).values())
-    scored = {"domain scores": 8 * prunable} if _is_scored(config) else {}
-    ranking = {"ranks": prunable, "ranking of one matrix": 32 * largest}
-    return [always | parts for parts in (*_walks(config, model, item, plan, kind), scoring, scored | ranking, scored | _judging(config, model, item))]
-
-
-def _is_scored(config: RunConfig) -> bool:
-    """Whether there is a domain pass whose scores are kept while the domain's models are made."""
-    return pipeline.wants_sides(config) or bool({"domain", "general"} & set(config.methods))
-
-
-def _walks(config: RunConfig, model: nn.Module, item: int, plan: Plan, kind: str) -> list[dict[str, float]]:
-    """Of general importance, and of a compensation where there is one."""
-    prunable, _ = count_weights(model)
-    blocks = _linears_by_block(model)
-    block = max(sum(m.weight.numel() for m in linears.values()) for linears in blocks)
-    groups = max(map(_groups, blocks), key=lambda found: sum(n * n for n, _ in found))
-    text = config.nsamples * config.seqlen * hidden_size(model) * item
-    tokens = min(max(config.seqlen, TOKENS_PER_PASS), config.nsamples * config.seqlen)
-
-    def walk(sets: int, refined: bool, static: bool = False) -> dict[str, float]:
-        # of the linears that share an input: float32 copies, stacked ones, transposed ones; the factor of H in float64; then what `refine` steps with
-        swept = 0 if static else 46 if refined else 18
-        at_work = max(max((4 if static else 8) * n * out + 32 * n * n, swept * n * out + 16 * n * n) for n, out in groups)
-        text_inside = tokens * sum(n for n, _ in groups) * item   # gone before the first sweep, but not for an allocator that keeps it
-        at_work = at_work + text_inside if kind == "cpu" and not plan.outside else max(at_work, text_inside)
-        return {"one block": (0 if static or plan.offload else item * block) + at_work, "Hessians": sets * sum(8 * n * n for n, _ in groups),
-                "texts inside the model": sets * text}
-
-    found = [walk(1, False, config.general_mode == "static")]
-    if config.compensate or "sparsegpt" in config.methods:
-        mixed = config.hessian if config.compensate else config.baseline_calibration
-        walked = config.compensate == "walk" and "dpruner" in config.methods
-        found.append(walk(2 if mixed == "mix" else 1, walked and config.refine > 0) | {
-            "domain scores": prunable * (8 if _is_scored(config) else 0), "masks and weights": prunable * (1 + item),
-            "Fishers": prunable * (8 if config.fisher == "both" else 4) if walked else 0,
-            "scores of another method": prunable * 4 if config.compensate == "after" and {"wanda", "magnitude", "random"} & set(config.methods) else 0})
-    return found
-
-
-def _linears_by_block(model: nn.Module) -> list[dict[str, nn.Module]]:
-    """The prunable linears of each block that has any."""
-    prefix, _ = decoder_blocks(model)
-    found: dict[str, dict[str, nn.Module]] = {}
-    for name, m in prunable_linears(model).items():
-        found.setdefault(name.removeprefix(f"{prefix}.").partition(".")[0], {})[name] = m
-    return list(found.values())
-
-
-def _groups(linears: Mapping[str, nn.Module]) -> list[tuple[int, int]]:
-    """(width, outputs) of the linears of a block that may share an input: those of one module with one width."""
-    found: Counter[tuple[str, int]] = Counter()
-    for name, m in linears.items():
-        out, width = as_rows(m.weight, stored_transposed(m)).shape
-        found[name.rsplit(".", 2)[0], width] += out
-    return [(width, outputs) for (_, width), outputs in found.items()]
-
-
-def _domain_pass(config: RunConfig, model: nn.Module, item: int, plan: Plan, kind: str) -> dict[str, float]:
-    """Scores, one gradient, and what backward needs of the text that passes through."""
-    prunable, total = count_weights(model)
-    here = not plan.outside or kind != "cpu" and not (plan.offload and config.finetune)   # a tuned model's are added to where its weights are
-    in_pass = prunable / (1 if config.finetune else plan.passes)
-    found = {"domain scores": SCORES[config.formula] * prunable}
-    if plan.outside and here:
-        found = {"domain scores": 8 * prunable, "scores of a part": SCORES[config.formula] * in_pass, "weights of a part": item * in_pass * plan.offload,
-                 "general importance of a part": 4 * in_pass * FORMULAS[config.formula].regards_general}
-    if config.finetune and (kind == "cpu" or plan.outside):
-        found["copy of the weights"] = total * item
-    return found | {"gradients and activations": _passing(config, model, item, plan.checkpointing or plan.offload)}
-
-
-def _passing(config: RunConfig, model: nn.Module, item: int, twice: bool) -> float:
-    """What a forward and a backward pass need beside weights and scores: at the loss, or when the gradients of the head or of a block are there.
+def plan_with_room(config: RunConfig, folder: Path) -> Plan:
+    """`plan_of` a run whose files have room on the disk.
 
     Args:
-        twice: blocks keep their input only, and are computed a second time.
+        folder: the cache folder; it need not exist.
+
+    Raises:
+        InputError: they have not, or there is no plan.
     """
-    shapes, blocks = [tuple(m.weight.shape) for m in prunable_linears(model).values()], len(decoder_blocks(model)[1])
-    embedding, head = model.get_input_embeddings().weight, getattr(model.get_output_embeddings(), "weight", None)
-    vocabulary, hidden = embedding.shape
-    tokens, words = config.seqlen, 0
-    gradient = max(a * b for a, b in shapes)
-    gradient = gradient * item + 12 * min(gradient, max(gradient // 16, SMALLEST_PART))   # and what is computed on a part of it
-    if config.finetune:
-        tokens, words = min(8, config.nsamples) * min(config.seqlen, 1024), vocabulary * hidden * item
-    of_linears = int(1.2 * (sum(map(sum, shapes)) * item + hidden * 4 * blocks))   # in- and outputs
-    kept, block = (hidden * item * blocks, of_linears / blocks) if twice else (of_linears, 0)
-    held = words if head is embedding else 0   # until the embedding's own gradient joins it
-    return tokens * kept + max(tokens * LOGITS * vocabulary, tokens * 8 * vocabulary + words, tokens * block + gradient + held, words + held)
+    plan = plan_of(config)
+    if not plan.outside:
+        return plan
+    device, model = str(pick_device(config.device)), blank_model(config.model, config.revision)
+    needed = sum(outside(config, model, device, plan).values())
+    free = shutil.disk_usage(next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir())).free
+    if needed > free:
+        raise InputError(f"The disk has no room for what the run keeps outside {'memory' if device == 'cpu' else 'the device'}",
+                         f"about {needed / 1e9:.2f} GB of weights, scores and masks wait in files of the folder {str(folder)!r}, and {free / 1e9:.2f} GB are "
+                         "free there", "free some, name a cache folder on another disk with --cache, or allow the run more memory")
+    return plan
 
 
-def _judging(config: RunConfig, model: nn.Module, item: int) -> dict[str, float]:
-    """A pruned model, and its perplexity."""
-    prunable, _ = count_weights(model)
-    aside = 2 * item if config.compensate or "sparsegpt" in config.methods else config.sparsity * item   # moved weights, and the original ones
-    found = {"masks and weights put aside": (2 + aside) * prunable}
-    if not config.evaluate:
-        return found
-    widest = max(max(m.weight.shape) for m in prunable_linears(model).values())
-    tokens = max(config.eval_seqlen or usual_window(model), TOKENS_PER_PASS)
-    return found | {"evaluation": tokens * (LOGITS * model.get_input_embeddings().weight.shape[0] + 4 * widest * item)}
+def told(config: RunConfig) -> dict:
+    """All that is known of a run before it starts, as plain values: bytes by what they are for, seconds, and sentences on what is wrong.
 
-
-def choose(config: RunConfig, model: nn.Module, device: str, allowance: int) -> Plan:
-    """The plan that changes least of those that keep to so many bytes; where none does, the most sparing one."""
-    if distributed.several():
-        return Plan()   # what they do together is laid out in another way
-    accelerator = torch.device(device).type != "cpu"
-    outside = [Plan(outside=True, passes=passes) for passes in (PASSES if accelerator else (1,))]
-    plans = [Plan(), *outside, *(dataclasses.replace(plan, checkpointing=True) for plan in outside)]
-    plans += [dataclasses.replace(plan, offload=True) for plan in outside if accelerator]   # which computes blocks twice by itself
-    return next((p for p in plans if sum(peak_memory(config, model, device, p).values()) <= allowance), plans[-1])
+    Raises:
+        InputError: it cannot be done.
+    """
+    config.check()
+    model, device = blank_model(config.model, config.revision), str(pick_device(config.device))
+    require_fitting(config, model)
+    plan, dtype = plan_of(config), precision(config, model, device)
+    took = seconds(config, model, Outline(config), measure_speed(model, device, dtype), device)
+    return {"device": device, "precision": str(dtype).removeprefix("torch."), "seconds": round(took), "disk": disk(config, model),
+            "plan": dataclasses.asdict(plan), "memory": peak_memory(config, model, device, plan), "free": available_memory(device),
+            "outside": outside(config, model, device, plan), "host": host_memory(config, model, device, plan),
+            "cautions": cautions(config, model, device, plan)}
 
 
 def require_memory(config: RunConfig, model: nn.Module, device: str) -> None:
@@ -408,4 +291,4 @@ def to_download(name: str, revision: str | None, model: nn.Module) -> int:
     """Bytes of weights that are not on this machine yet, from their count and the precision that the config tells; 0 where they are."""
     if is_here(name, revision):
         return 0
-    return count_weights(model)[1] * _stored(model).itemsize
+    return count_weights(model)[1] * stored(model).itemsize

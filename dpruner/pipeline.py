@@ -64,7 +64,7 @@ def run(config: RunConfig, *, runs: str | Path = "runs", cache: str | Path = "ca
     """
     from dpruner import estimate   # which asks here what a run consists of
     config.check()
-    with turn(pick_device(config.device), waiting), memory.following(estimate.plan_of(config), Path(cache)):
+    with turn(pick_device(config.device), waiting), memory.following(estimate.plan_with_room(config, Path(cache)), Path(cache)):
         leftovers.clear(Path(cache))
         if folder is None:
             prepared = prepare(config)

@@ -36,6 +36,23 @@ def show_run(result: dict, console: Console) -> None:
     console.print(f"Everything is in [bold]{result['folder']}[/].", soft_wrap=True)
 
 
+def show_estimate(told: dict, console: Console) -> None:
+    """What a run would take, as `estimate.told` tells it."""
+    table = Table(box=box.SIMPLE_HEAD, title=f"Before it starts, on {told['device']} in {told['precision']}")
+    for name, side in (("what", "left"), ("about", "right"), ("most of it for", "left")):
+        table.add_column(name, justify=side)
+    table.add_row("time", f"{told['seconds'] / 60:.1f} min", "")
+    for what, key in (("memory of the device", "memory"), ("files of the cache folder", "outside"), ("memory of the host", "host")):
+        if parts := told[key]:
+            most = max(parts, key=parts.get)
+            table.add_row(what, f"{sum(parts.values()) / 1e9:.2f} GB", f"{most} ({parts[most] / 1e9:.2f} GB)")
+    table.add_row("run folder", f"{told['disk'] / 1e9:.2f} GB", "")
+    console.print(table)
+    console.print(f"{told['free'] / 1e9:.2f} GB of memory are free on the device now.")
+    for caution in told["cautions"]:
+        console.print(caution, soft_wrap=True)
+
+
 def _add_run_row(table: Table, figure, row: dict) -> None:
     texts = list(row["perplexity"].values()) + [None, None]
     shares = [f"{row[k]:.1%}" for k in ("sparsity of prunable weights", "sparsity of the whole model") if k in row]   # of these, then of all

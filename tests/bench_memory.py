@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 
-from dpruner import RunConfig, estimate, loading, memory, pipeline, starter, store
+from dpruner import RunConfig, estimate, loading, memory, peak, pipeline, starter, store
 
 ROOT = Path(__file__).parents[1]
 BASE = RunConfig(domains=("legal",), nsamples=4, seqlen=128, eval_documents=1, eval_seqlen=256, halves=False, general_mode="static", device="cpu")
@@ -87,7 +87,7 @@ def played(row):
             config = dataclasses.replace(BASE, model=str(model), seqlen=64, dtype="float32", evaluate=False, **changes)
             for plan in (memory.Plan(), memory.Plan(outside=True, offload=True, passes=4)):
                 told = estimate.peak_memory(config, loading.blank_model(str(model)), "cuda", plan)
-                needed = sum(size for what, size in told.items() if what != "program") / estimate.SPARE   # no context, no allocator
+                needed = sum(size for what, size in told.items() if what != "program") / peak.SPARE   # no context, no allocator
                 with card.present() as at_card, mock.patch.object(estimate, "plan_of", lambda config, plan=plan: plan):
                     pipeline.run(config, runs=f"{folder}/runs", cache=f"{folder}/{number} {plan.offload}")
                 row(f"played accelerator, {kind}, {'offloaded, 4 passes' if plan.offload else 'no limit'}: {at_card.peak / 1e6:.2f} MB",

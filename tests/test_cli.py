@@ -61,6 +61,17 @@ def test_json_is_the_summary_and_nothing_else(llama, capfd):
     assert err == "" and told["state"] == "done" and told["rows"][0]["method"] == "magnitude" and told["folder"] == f"runs/{told['id']}"
 
 
+def test_a_dry_run_tells_what_a_run_would_take_and_leaves_nothing(llama, elsewhere, capfd):
+    assert cli.main(prune("--dry-run", "--device", "cpu", model=llama)) == 0
+    out, _ = capfd.readouterr()
+    assert all(word in out for word in ("Before it starts, on cpu in float32", "memory of the device", "run folder", "free on the device now"))
+    assert cli.main(prune("--dry-run", "--json", "--device", "cpu", "--memory", "1GB", model=llama)) == 0
+    told = json.loads(capfd.readouterr().out)
+    assert told["memory"]["program"] > 10**8 and told["cautions"] == [] and told["plan"]["passes"] == 1
+    assert "does not fit into 1MB" in refusal(prune("--dry-run", "--device", "cpu", "--memory", "1MB", model=llama), capfd, elsewhere)
+    assert not any(elsewhere.iterdir())
+
+
 def test_every_setting_is_an_option(llama, tmp_path, capfd):
     arguments = ["--sparsity", "0.25", "--granularity", "row", "--formula", "taylor", "--lam", "2", "--compensate", "after",
                  "--hessian", "domain", "--fisher", "domain", "--general", "science", "--general-sparsity", "0.3", "--seed", "3",

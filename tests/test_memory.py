@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from test_resume import content
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dpruner import InputError, RunConfig, cli, domain_importance, estimate, general_importance, loading, memory, pipeline
+from dpruner import InputError, RunConfig, cli, domain_importance, estimate, general_importance, loading, memory, peak, pipeline
 from dpruner.domain import fisher_diagonal, stream_gradients
 from dpruner.memory import Plan, parse_size
 from dpruner.model import decoder_blocks
@@ -186,7 +186,7 @@ def test_memory_that_runs_out_ends_in_a_sentence_with_advice(error, llama, tmp_p
     def exhausted(*_, **__):
         raise error
     monkeypatch.setattr(pipeline, "general_importance", exhausted)
-    monkeypatch.setattr(estimate, "PROGRAM", {})   # which is most of all where the model is tiny
+    monkeypatch.setattr(peak, "PROGRAM", {})   # which is most of all where the model is tiny
     with pytest.raises(InputError, match="The run needs more memory than there is: .*; keep to a limit .*or use the precision bfloat16") as caught:
         pipeline.run(RunConfig(model=str(llama), device="cpu", seqlen=64), runs=tmp_path / "runs", cache=tmp_path / "cache")
     assert "\n" not in str(caught.value)

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import weakref
+from types import SimpleNamespace
 
 import card
 import pytest
@@ -12,7 +13,7 @@ from families import FAMILIES, tiny, tiny_batches, tiny_tokenizer
 from test_resume import content
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dpruner import InputError, RunConfig, domain_importance, estimate, general_importance, load_model, loading, memory, offload, perplexity, pipeline
+from dpruner import InputError, RunConfig, domain_importance, estimate, general_importance, load_model, loading, memory, offload, peak, perplexity, pipeline
 from dpruner.domain import FineTune, stream_gradients
 from dpruner.finetune import finetuned, tune_kept
 from dpruner.generate import generate
@@ -169,8 +170,28 @@ RUNS = {"taylor": {"formula": "taylor", "general_mode": "static"}, "walk": {"com
 SPARING = Plan(outside=True, offload=True, passes=4)
 
 
+@pytest.fixture
+def files(monkeypatch):
+    """Bytes of files outside the device's memory at any moment, and the most there ever were, as {"now", "most"}."""
+    seen, make = {"now": 0, "most": 0}, memory._file
+
+    def gone(size):
+        seen["now"] -= size
+
+    def made(shape, dtype):
+        file = make(shape, dtype)
+        size = file.numel() * file.element_size()
+        weakref.finalize(file.untyped_storage(), gone, size)
+        seen["now"] += size
+        seen["most"] = max(seen.values())
+        return file
+
+    monkeypatch.setattr(memory, "_file", made)
+    return seen
+
+
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_ends_with_the_same_bits_in_the_memory_that_was_told(name, on_card, tmp_path, monkeypatch):
+def test_a_run_ends_with_the_same_bits_in_the_memory_that_was_told(name, on_card, files, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "SMALLEST", 4096)
     save(LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=6, intermediate_size=172, num_attention_heads=4, num_key_value_heads=4,
                                       vocab_size=97)), tmp_path / "model")
@@ -181,12 +202,14 @@ def test_a_run_ends_with_the_same_bits_in_the_memory_that_was_told(name, on_card
         on_card.peak = 0
         runs.append(pipeline.run(config, runs=tmp_path / f"runs {plan.offload}", cache=tmp_path / f"cache {plan.offload}"))
         told = estimate.peak_memory(config, loading.blank_model(config.model), "cuda", plan)
-        needed = sum(size for what, size in told.items() if what != "program") / estimate.SPARE
+        needed = sum(size for what, size in told.items() if what != "program") / peak.SPARE
         assert 0.8 < needed / on_card.peak < 1.2, f"{on_card.peak} bytes, told {needed:.0f}: {told}"
         peaks.append(on_card.peak)
         gc.collect()
         assert on_card.used == 0
     assert content(runs[0]) == content(runs[1]) and peaks[1] < peaks[0] / 2
+    waiting = estimate.outside(config, loading.blank_model(config.model), "cuda", SPARING)
+    assert files["now"] == 0 and 0.8 < sum(waiting.values()) / files["most"] < 1.2, f"{files}, told {waiting}"
 
 
 def test_what_has_no_room_visits_when_it_is_loaded(on_card, llama, monkeypatch):
@@ -213,8 +236,8 @@ def test_models_are_tuned_to_the_same_bits_where_tuning_has_no_room(way, on_card
         on_card.peak = on_card.used
         finetuned(run, way, epochs=1)
         found.append((run.weights("dpruner", "legal"), on_card.peak))
-    (stays, most), (visits, peak) = found
-    assert peak < most / 1.5 and all(torch.equal(stays[n], visits[n]) for n in stays)
+    (stays, most), (visits, least) = found
+    assert least < most / 1.5 and all(torch.equal(stays[n], visits[n]) for n in stays)
     assert any((stays[n] != 0).any() for n in stays) and all((stays[n][~mask] == 0).all() for n, mask in run.masks("dpruner", "legal").items())
 
 
@@ -231,6 +254,28 @@ def test_blocks_visit_only_where_nothing_milder_helps():
         assert sum(estimate.peak_memory(config, model, "cuda", plan).values()) <= gigabytes * 10**9
     with pytest.raises(InputError, match="does not fit into 8GB of memory: at its most sparing it takes .* GB, most of it for one block"):
         estimate.require_memory(dataclasses.replace(config, memory="8GB"), model, "cuda")
+
+
+@pytest.mark.parametrize(("free", "said"), [(200, ""), (60, "GB of weights, scores and masks wait in files of the cache folder, and 60.0 GB of memory are free"),
+                                            (0.5, "will probably not fit into the memory of the host: it takes about 0.9 GB there and 0.5 GB are free")])
+def test_what_waits_on_the_host_is_told_and_compared_with_what_is_free(free, said, monkeypatch):
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**SEVEN))
+    config = RunConfig(seqlen=512, nsamples=128, dtype="bfloat16")
+    monkeypatch.setattr(estimate, "available_memory", lambda device: free * 10**9)
+    found = estimate.cautions(config, model, "cuda", SPARING)
+    assert len(found) == bool(said) and all(said in sentence for sentence in found)
+    assert 80e9 < sum(estimate.outside(config, model, "cuda", SPARING).values()) < 120e9   # weights 13, G 26, scores 52
+    assert estimate.outside(config, model, "cuda", Plan()) == {} == estimate.host_memory(config, model, "cpu", SPARING)
+
+
+def test_files_that_the_disk_has_no_room_for_are_refused_before_anything_is_written(on_card, llama, tmp_path, monkeypatch):
+    config = RunConfig(model=str(llama), domains=("legal",), nsamples=2, seqlen=32)
+    monkeypatch.setattr(estimate, "plan_of", lambda config: SPARING)
+    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(InputError, match="The disk has no room for what the run keeps outside the device: .* another disk with --cache"):
+        pipeline.run(config, runs=tmp_path / "runs", cache=tmp_path / "cache")
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
