@@ -138,7 +138,9 @@ def main():
     for page, times in [*sorted(took.items()), ("all", every)]:
         print(f"| {page} | {len(times)} | {np.median(times):.2f} s | {np.quantile(times, 0.95):.2f} s | {max(times):.2f} s |")
     minutes = [f"{size / 1e6:.0f}" for when, size in sizes if when >= WARM][::60]
-    print(f"\nMemory of the server from the first minute on, minute by minute: {', '.join(minutes)} MB; {warm[-1] / 1e6:.0f} MB at the end.")
+    later = [(when / 60, size / 1e6) for when, size in sizes if when >= args.seconds / 2]
+    print(f"\nMemory of the server from the first minute on, minute by minute: {', '.join(minutes)} MB; {warm[-1] / 1e6:.0f} MB at the end; "
+          f"in the second half it grew by {np.polyfit(*zip(*later, strict=True), 1)[0]:+.1f} MB a minute.")
     print(f"Errors: {len(errors)}", *sorted(set(errors)), sep="\n")
 
 

@@ -5,6 +5,7 @@ import gc
 import weakref
 from types import SimpleNamespace
 
+import bench_gpu
 import card
 import pytest
 import torch
@@ -276,6 +277,14 @@ def test_files_that_the_disk_has_no_room_for_are_refused_before_anything_is_writ
     with pytest.raises(InputError, match="The disk has no room for what the run keeps outside the device: .* another disk with --cache"):
         pipeline.run(config, runs=tmp_path / "runs", cache=tmp_path / "cache")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("limit", "plan"), [([], "outside=False, offload=False"), (["--memory", "5MB"], "outside=True, offload=True")])
+def test_the_benchmark_for_a_gpu_comes_to_its_end(limit, plan, capsys):
+    with card.present():
+        bench_gpu.main(["--tiny", "--device", "card:0", *limit])
+    printed = capsys.readouterr().out
+    assert plan in printed and all(row in printed for row in ("| sequential OBS, 128 × 128", "| domain pass, 3 × 32 tokens", "| together", "| files outside"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
