@@ -155,12 +155,18 @@ def _linears_by_block(model: nn.Module) -> list[dict[str, nn.Module]]:
 
 
 def _groups(linears: Mapping[str, nn.Module]) -> list[tuple[int, int]]:
-    """(width, outputs) of the linears of a block that may share an input: those of one module with one width."""
-    found: Counter[tuple[str, int]] = Counter()
+    """(width, outputs) of the linears of a block that may share an input: those of one module with one width, save for the one that it ends with."""
+    modules: dict[str, list[tuple[int, int]]] = {}
     for name, m in linears.items():
-        out, width = as_rows(m.weight, stored_transposed(m)).shape
-        found[name.rsplit(".", 2)[0], width] += out
-    return [(width, outputs) for (_, width), outputs in found.items()]
+        modules.setdefault(name.rsplit(".", 2)[0], []).append(tuple(as_rows(m.weight, stored_transposed(m)).shape))
+    groups = []
+    for shapes in modules.values():
+        ends = [shapes.pop()] if len(shapes) > 1 and len({width for _, width in shapes}) == 1 else []   # it reads what the others have made
+        found: Counter[int] = Counter()
+        for out, width in shapes:
+            found[width] += out
+        groups += [*found.items(), *((width, out) for out, width in ends)]
+    return groups
 
 
 def _domain_pass(config: RunConfig, model: nn.Module, item: int, plan: Plan, kind: str) -> dict[str, float]:
