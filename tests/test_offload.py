@@ -31,24 +31,29 @@ def everything_visits(monkeypatch, one_thread):
     monkeypatch.setattr(memory, "SMALLEST", 0)
 
 
-@pytest.fixture
-def visitors(monkeypatch):
-    """Bytes of weights that visit at any moment, and the most there ever were, as {"now", "most"}."""
-    seen, bring = {"now": 0, "most": 0}, offload.brought
+def counted(monkeypatch, module, name, owner):
+    """{"now", "most"}: bytes of the tensors that a function gives, at any moment and at most; each counts while `owner(tensor)` lives."""
+    seen, give = {"now": 0, "most": 0}, getattr(module, name)
 
     def gone(size):
         seen["now"] -= size
 
-    def brought(weight, device):
-        copy = bring(weight, device)
-        size = weight.numel() * weight.element_size()
-        weakref.finalize(copy.use, gone, size)
+    def given(*args):
+        tensor = give(*args)
+        size = tensor.numel() * tensor.element_size()
+        weakref.finalize(owner(tensor), gone, size)
         seen["now"] += size
         seen["most"] = max(seen.values())
-        return copy
+        return tensor
 
-    monkeypatch.setattr(offload, "brought", brought)
+    monkeypatch.setattr(module, name, given)
     return seen
+
+
+@pytest.fixture
+def visitors(monkeypatch):
+    """Weights that visit."""
+    return counted(monkeypatch, offload, "brought", lambda copy: copy.use)
 
 
 def values(tensors):
@@ -173,22 +178,8 @@ SPARING = Plan(outside=True, offload=True, passes=4)
 
 @pytest.fixture
 def files(monkeypatch):
-    """Bytes of files outside the device's memory at any moment, and the most there ever were, as {"now", "most"}."""
-    seen, make = {"now": 0, "most": 0}, memory._file
-
-    def gone(size):
-        seen["now"] -= size
-
-    def made(shape, dtype):
-        file = make(shape, dtype)
-        size = file.numel() * file.element_size()
-        weakref.finalize(file.untyped_storage(), gone, size)
-        seen["now"] += size
-        seen["most"] = max(seen.values())
-        return file
-
-    monkeypatch.setattr(memory, "_file", made)
-    return seen
+    """What lives in files outside the device's memory."""
+    return counted(monkeypatch, memory, "_file", lambda file: file.untyped_storage())
 
 
 @pytest.mark.parametrize("name", RUNS)
