@@ -678,7 +678,8 @@ def test_more_work_takes_longer_and_more_memory():
     assert memory > 2 * 6.74e9 + 4 * 6.47e9   # weights and general importance at the very least
     for changes in ({"finetune": True}, {"domains": ("healthcare", "legal", "finance")}, {"formula": "taylor"}, {"dtype": "float32"}):
         assert of(**changes)[0] >= memory and of(**changes)[1] >= time_
-    assert of(seqlen=128, evaluate=False)[0] < of(evaluate=False)[0] < memory and of(seqlen=128)[1] < time_
+    passing = {"evaluate": False, "formula": "taylor"}   # whose pass with gradients is the worst moment, and not the pruned model
+    assert of(seqlen=128, **passing)[0] < of(**passing)[0] and of(evaluate=False)[0] < memory and of(seqlen=128)[1] < time_
     assert of(halves=False)[0] == memory and of(halves=False)[1] < time_   # one set of scores at a time
 
 
