@@ -76,7 +76,7 @@ def plan_with_room(config: RunConfig, folder: Path) -> Plan:
         InputError: they have not, or there is no plan.
     """
     plan = plan_of(config)
-    if not plan.outside:
+    if not (plan.outside and plan.files):
         return plan
     device, model = str(pick_device(config.device)), blank_model(config.model, config.revision)
     needed = sum(outside(config, model, device, plan).values())
@@ -131,11 +131,20 @@ def plan_of(config: RunConfig) -> Plan:
     device = str(pick_device(config.device))
     if config.memory is None:
         with contextlib.suppress(InputError):   # of a model that cannot be loaded: said when it is
-            return choose(config, blank_model(config.model, config.revision), device, available_memory(device))
+            model = blank_model(config.model, config.revision)
+            return placed(choose(config, model, device, available_memory(device)), config, model, device)
         return Plan()
     model = blank_model(config.model, config.revision)
     require_memory(config, model, device)
-    return choose(config, model, device, parse_size(config.memory))
+    return placed(choose(config, model, device, parse_size(config.memory)), config, model, device)
+
+
+def placed(plan: Plan, config: RunConfig, model: nn.Module, device: str) -> Plan:
+    """A plan under which what lives outside an accelerator lies in the memory of its host, where that has room: files that are written to wait for a disk."""
+    if torch.device(device).type == "cpu" or not plan.outside:
+        return plan
+    needed = sum(outside(config, model, device, plan).values()) + sum(host_memory(config, model, device, plan).values())
+    return dataclasses.replace(plan, files=needed > available_memory("cpu"))
 
 
 def advice(config: RunConfig, model: nn.Module) -> str:

@@ -1,7 +1,7 @@
 """Where tensors as large as the model live while a run keeps to a limit: outside the device's memory.
 
-Outside means in files without a name, which the system keeps in memory as long as there is room, and reads and writes as they are needed where there is
-none. What is computed there are the same bits.
+Outside means in the host's memory, where an accelerator's host has room, and else in files without a name, which the system reads and writes as they are
+needed. What is computed there are the same bits.
 """
 
 import contextlib
@@ -34,16 +34,18 @@ class Plan:
         offload: on an accelerator, the weights of blocks too: each visits the device while it computes, and a second time for backward.
         checkpointing: a pass with gradients keeps the input of each block only, and computes the rest of it a second time.
         passes: over the calibration, each with gradients of a part of the weights.
+        files: what lives outside lies in files; on an accelerator else in the host's memory.
     """
 
     outside: bool = False
     offload: bool = False
     checkpointing: bool = False
     passes: int = 1
+    files: bool = True
 
 
 _plan = Plan()
-_folder: Path | None = None   # where files go; None: nothing lives outside
+_folder: Path | None = None   # where files go
 
 
 def plan() -> Plan:
@@ -72,7 +74,7 @@ def following(plan: Plan, folder: Path) -> Iterator[None]:
     """
     global _plan, _folder
     before = _plan, _folder
-    _plan, _folder = plan, folder if plan.outside else None
+    _plan, _folder = plan, folder
     if plan.outside:
         give_back_at_once()
     try:
@@ -114,8 +116,13 @@ def _file(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         os.unlink(path)
 
 
+def _room(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised tensor outside."""
+    return _file(shape, dtype) if _plan.files else torch.empty(shape, dtype=dtype)
+
+
 def _lives_outside(tensor: torch.Tensor) -> bool:
-    return _folder is not None and is_large(tensor)
+    return _plan.outside and is_large(tensor)
 
 
 def is_large(tensor: torch.Tensor) -> bool:
@@ -125,7 +132,7 @@ def is_large(tensor: torch.Tensor) -> bool:
 
 def zeros(like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Zeros of the shape of a tensor, for results: outside where things live outside, else on its device."""
-    return _file(like.shape, dtype or like.dtype).zero_() if _lives_outside(like) else torch.zeros_like(like, dtype=dtype)
+    return _room(like.shape, dtype or like.dtype).zero_() if _lives_outside(like) else torch.zeros_like(like, dtype=dtype)
 
 
 def sums(like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -135,17 +142,18 @@ def sums(like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
 
 def copied(tensor: torch.Tensor) -> torch.Tensor:
     """A copy of a tensor, outside where things live outside."""
-    return _file(tensor.shape, tensor.dtype).copy_(tensor) if _lives_outside(tensor) else tensor.clone()
+    return _room(tensor.shape, tensor.dtype).copy_(tensor) if _lives_outside(tensor) else tensor.clone()
 
 
 def kept(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor that nothing else uses, for later: outside where things live outside, else as it is."""
-    return copied(tensor) if _lives_outside(tensor) and tensor.untyped_storage().filename is None else tensor
+    is_outside = tensor.untyped_storage().filename is not None if _plan.files else tensor.device.type == "cpu"
+    return copied(tensor) if _lives_outside(tensor) and not is_outside else tensor
 
 
 def holds_weights(device: torch.device) -> bool:
     """Whether the weights of a model on this device are to live outside too."""
-    return _folder is not None and (device.type == "cpu" or _plan.offload)
+    return _plan.outside and (device.type == "cpu" or _plan.offload)
 
 
 def settle(model: nn.Module, dtype: torch.dtype, like: nn.Module) -> None:

@@ -55,9 +55,7 @@ def peak_memory(config: RunConfig, model: nn.Module, device: str, plan: Plan | N
 
 
 def outside(config: RunConfig, model: nn.Module, device: str, plan: Plan) -> dict[str, int]:
-    """Bytes that live outside the device's memory at the worst moment of a run, by what they are for: in files of the cache folder.
-
-    The system keeps them in the host's memory as long as that has room.
+    """Bytes that live outside the device's memory at the worst moment of a run, by what they are for: in files of the cache folder or on the host.
 
     Args:
         model, device, plan: as `peak_memory` takes them.

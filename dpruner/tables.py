@@ -42,7 +42,8 @@ def show_estimate(told: dict, console: Console) -> None:
     for name, side in (("what", "left"), ("about", "right"), ("most of it for", "left")):
         table.add_column(name, justify=side)
     table.add_row("time", f"{told['seconds'] / 60:.1f} min", "")
-    for what, key in (("memory of the device", "memory"), ("files of the cache folder", "outside"), ("memory of the host", "host")):
+    waiting = "files of the cache folder" if told["plan"]["files"] else "memory of the host for what waits"
+    for what, key in (("memory of the device", "memory"), (waiting, "outside"), ("memory of the host", "host")):
         if parts := told[key]:
             most = max(parts, key=parts.get)
             table.add_row(what, f"{sum(parts.values()) / 1e9:.2f} GB", f"{most} ({parts[most] / 1e9:.2f} GB)")

@@ -92,7 +92,9 @@ def main(arguments: list[str] | None = None):
     print(f"| sequential OBS, {hidden} × {hidden}, against a loop over columns ({looped:.2f} s) | {looped / seconds:.1f}× faster | ≥ 5× |")
     config = RunConfig(nsamples=nsamples, seqlen=length, dtype="bfloat16", evaluate=False, memory=args.memory)
     blank = random_model(blocks, "meta", **shapes)
-    plan = estimate.choose(config, blank, args.device, memory.parse_size(args.memory)) if args.memory else Plan()
+    plan = Plan()
+    if args.memory:
+        plan = estimate.placed(estimate.choose(config, blank, args.device, memory.parse_size(args.memory)), config, blank, args.device)
     told = estimate.peak_memory(config, blank, args.device, plan)
     print(f"| plan | {plan} | |")
     with tempfile.TemporaryDirectory() as folder, memory.following(plan, Path(folder)), contextlib.ExitStack() as opened:
@@ -106,7 +108,7 @@ def main(arguments: list[str] | None = None):
         second, _ = timed(args.device, lambda: domain_importance(model, tokens(domain, shorter, vocabulary), G, passes=plan.passes))
     print(f"| domain pass, {domain:,} × {shorter:,} tokens | {second:.0f} s | |")
     print(f"| together | {(first + second) / 60:.1f} min | {'' if args.memory else '≤ 10 min'} |")
-    print(f"| files outside, told | {sum(estimate.outside(config, blank, args.device, plan).values()) / 1e9:.1f} GB | |")
+    print(f"| what waits outside, told | {sum(estimate.outside(config, blank, args.device, plan).values()) / 1e9:.1f} GB | |")
     if cuda:
         print(f"| peak memory, told {sum(told.values()) / 1e9:.1f} GB for a whole run | {torch.cuda.max_memory_allocated(args.device) / 1e9:.1f} GB "
               f"| ≤ {args.memory or '120 GB'} |")

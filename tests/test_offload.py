@@ -177,19 +177,19 @@ SPARING = Plan(outside=True, offload=True, passes=4)
 
 
 @pytest.fixture
-def files(monkeypatch):
-    """What lives in files outside the device's memory."""
-    return counted(monkeypatch, memory, "_file", lambda file: file.untyped_storage())
+def waiting(monkeypatch):
+    """What lives outside the device's memory."""
+    return counted(monkeypatch, memory, "_room", lambda file: file.untyped_storage())
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_a_run_ends_with_the_same_bits_in_the_memory_that_was_told(name, on_card, files, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "files"), [("taylor", True), ("walk", True), ("walk", False)])
+def test_a_run_ends_with_the_same_bits_in_the_memory_that_was_told(name, files, on_card, waiting, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "SMALLEST", 4096)
     save(LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=6, intermediate_size=172, num_attention_heads=4, num_key_value_heads=4,
                                       vocab_size=97)), tmp_path / "model")
     config = RunConfig(model=str(tmp_path / "model"), domains=("legal",), dtype="float32", nsamples=2, seqlen=32, halves=False, evaluate=False, **RUNS[name])
-    runs, peaks = [], []
-    for plan in (Plan(), SPARING):
+    runs, peaks, sparing = [], [], dataclasses.replace(SPARING, files=files)
+    for plan in (Plan(), sparing):
         monkeypatch.setattr(estimate, "plan_of", lambda config, plan=plan: plan)
         on_card.peak = 0
         runs.append(pipeline.run(config, runs=tmp_path / f"runs {plan.offload}", cache=tmp_path / f"cache {plan.offload}"))
@@ -200,8 +200,8 @@ def test_a_run_ends_with_the_same_bits_in_the_memory_that_was_told(name, on_card
         gc.collect()
         assert on_card.used == 0
     assert content(runs[0]) == content(runs[1]) and peaks[1] < peaks[0] / 2
-    waiting = estimate.outside(config, loading.blank_model(config.model), "cuda", SPARING)
-    assert files["now"] == 0 and 0.8 < sum(waiting.values()) / files["most"] < 1.2, f"{files}, told {waiting}"
+    told = estimate.outside(config, loading.blank_model(config.model), "cuda", sparing)
+    assert waiting["now"] == 0 and 0.8 < sum(told.values()) / waiting["most"] < 1.2, f"{waiting}, told {told}"
 
 
 def test_what_has_no_room_visits_when_it_is_loaded(on_card, llama, monkeypatch):
@@ -257,6 +257,7 @@ def test_what_waits_on_the_host_is_told_and_compared_with_what_is_free(free, sai
     monkeypatch.setattr(estimate, "available_memory", lambda device: free * 10**9)
     found = estimate.cautions(config, model, "cuda", SPARING)
     assert len(found) == bool(said) and all(said in sentence for sentence in found)
+    assert estimate.placed(SPARING, config, model, "cuda").files == bool(said)
     assert 80e9 < sum(estimate.outside(config, model, "cuda", SPARING).values()) < 120e9   # weights 13, G 26, scores 52
     assert estimate.outside(config, model, "cuda", Plan()) == {} == estimate.host_memory(config, model, "cpu", SPARING)
 
@@ -275,7 +276,7 @@ def test_the_benchmark_for_a_gpu_comes_to_its_end(limit, plan, capsys):
     with card.present():
         bench_gpu.main(["--tiny", "--device", "card:0", *limit])
     printed = capsys.readouterr().out
-    assert plan in printed and all(row in printed for row in ("| sequential OBS, 128 × 128", "| domain pass, 3 × 32 tokens", "| together", "| files outside"))
+    assert plan in printed and all(row in printed for row in ("| sequential OBS, 128 × 128", "| domain pass, 3 × 32 tokens", "| together", "| what waits outside"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
