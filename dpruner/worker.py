@@ -189,6 +189,7 @@ def cancel(run: Run) -> None:
         _, left = psutil.wait_procs(family, timeout=PATIENCE)
         for stubborn in left:
             stubborn.kill()
+        psutil.wait_procs(left, timeout=PATIENCE)
     if run.status["state"] in ("queued", "running"):
         store.write_json(run.folder / "status.json", {**run.status, "state": "cancelled"})
 
@@ -215,6 +216,7 @@ def work(folder: Path, cache: Path) -> None:
 def process(folder: Path, job: Callable[[], None]) -> int:
     """A job in this process; what goes wrong stands in status.json, and in the log for developers."""
     run = Run(folder)
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # what a shell puts into the background ignores it, and so would all that it starts
     store.write_json(folder / "status.json", {**run.status, **turns.identity()})
     try:
         from dpruner.loading import quiet_libraries

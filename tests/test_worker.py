@@ -84,12 +84,15 @@ def test_runs_wait_for_the_device_in_their_order_and_a_waiting_one_can_be_cancel
 
 
 def test_a_running_run_can_be_cancelled(llama, runs, tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)   # as in a server that a shell has put into the background
     run = worker.submit(RunConfig(model=str(llama), **ENDLESS), runs, tmp_path / "cache")
+    signal.signal(signal.SIGINT, before)
     status = wait_for(lambda: (s := worker.state(run))["stage"] == "domain importance" and s)
     assert status["state"] == "running" and status["total"] == 200_000 and not gone(status["pid"])
     worker.cancel(run)
     after = worker.state(run)
     assert (after["state"], after["error"]) == ("cancelled", None) and gone(status["pid"])
+    assert "Cancelled." in (run.folder / worker.LOG).read_text()   # it was asked, and not killed
     worker.cancel(run)   # once more changes nothing
     assert worker.state(run) == after
     with turns.turn(torch.device("cpu"), lambda ahead: pytest.fail("the device is not free")):
