@@ -4,7 +4,6 @@ import functools
 import hashlib
 import itertools
 import json
-import math
 import platform
 import shutil
 import time
@@ -22,13 +21,14 @@ from dpruner.compensate import Compensated, allotted, compensate_after, compensa
 from dpruner.config import RunConfig, split_domain
 from dpruner.domain import DomainImportance, FineTune, domain_importance, fisher_diagonal
 from dpruner.errors import InputError
-from dpruner.evaluate import of_windows, window_losses
+from dpruner.evaluate import window_losses
 from dpruner.general import general_importance
-from dpruner.masks import Scores, jaccard, jaccard_floor, make_masks, pruned, ranked, sparsity_of
+from dpruner.masks import Scores, jaccard, make_masks, pruned, ranked
 from dpruner.loading import load_model, pick_device
 from dpruner.model import count_weights, decoder_blocks, fingerprint, heads_of, require_length, skipped_weights, transposed_names
 from dpruner.partial import Partial
 from dpruner.plan import HALVED, planned_work, wants_halves, wants_sides
+from dpruner.rows import described, exact, perplexity_rows, rows, similarities
 from dpruner.stats import in_parts, matrix_stats
 from dpruner.status import Status
 from dpruner.store import Run
@@ -388,19 +388,7 @@ def score_halves(job: Job, label: str, G: Scores) -> pd.DataFrame:
     return rows(*found)
 
 
-METRIC_COLUMNS = ("method", "domain", "text", "metric", "value", "low", "high", "n")
 LOSS_COLUMNS = ("method", "domain", "text", "window", "loss", "tokens")
-
-
-def rows(*records: tuple) -> pd.DataFrame:
-    """A piece of metrics.parquet; figures without an interval have NaN bounds."""
-    frame = pd.DataFrame(records, columns=METRIC_COLUMNS)
-    return frame.astype({"value": float, "low": float, "high": float, "n": "int64"})
-
-
-def exact(method, domain, text, metric, value, n) -> tuple:
-    """A figure that is counted, not estimated."""
-    return method, domain, text, metric, value, None, None, n
 
 
 def text_losses(job: Job, method: str, label: str, names: Iterable[str]) -> pd.DataFrame:
@@ -429,20 +417,6 @@ def dense_perplexities(job: Job) -> pd.DataFrame:
                       for text in texts.judged(label)] or [rows()], ignore_index=True)
 
 
-def perplexity_rows(method: str, label: str, found: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Perplexities as a piece of metrics.parquet."""
-    figures = ((text, of_windows(windows.loss.to_numpy(), windows.tokens.to_numpy(), seed)) for text, windows in found.groupby("text", sort=False))
-    return rows(*((method, label, text, "perplexity", float(e), e.low, e.high, e.n) for text, e in figures))
-
-
-def described(model, method: str, label: str, masks) -> pd.DataFrame:
-    """Sparsity of the prunable weights and of the whole model, both always reported."""
-    prunable, total = count_weights(model)
-    share = sparsity_of(masks)
-    return rows(exact(method, label, "", "sparsity of prunable weights", share, prunable),
-                exact(method, label, "", "sparsity of the whole model", share * prunable / total, total))
-
-
 def both_sides(job: Job, label: str, S: DomainImportance) -> pd.DataFrame:
     """The ranks of the two sides that the dual score weighs, for whoever wants to see them, and how many decisions the general side changes."""
     save_ranks(job.run, "domain", label, S.domain)
@@ -451,21 +425,3 @@ def both_sides(job: Job, label: str, S: DomainImportance) -> pd.DataFrame:
     with_g, without = (make_masks(s, asked, job.config.granularity) for s in (S.dual, S.domain))   # the decisions of λ = 0
     changed = sum(int((with_g[n] ^ without[n]).sum()) for n in with_g)
     return rows(exact("dpruner", label, "", "decisions changed by λ", changed, sum(m.numel() for m in with_g.values())))
-
-
-def similarities(run: Run, config: RunConfig, labels: list[str]) -> pd.DataFrame:
-    """Jaccard similarity of every two domains' masks, with what two random masks of these counts would share.
-
-    Where there are masks of the halves of the domains' texts, "jaccard halves" is the mean over the four pairs of a half of one domain and a
-    half of the other: it compares with "jaccard ceiling", whose masks come from as much text.
-    """
-    found = []
-    for method, (a, b) in itertools.product(config.methods, itertools.combinations(labels, 2)):
-        one, other = (store.LazyMasks(run.path("masks", method, label)) for label in (a, b))
-        size = sum(math.prod(shape) for shape in one.shapes.values())
-        found += [exact(method, a, b, "jaccard", jaccard(one, other), size),
-                  exact(method, a, b, "jaccard floor", jaccard_floor(one, other), size)]
-        if wants_halves(config) and method in HALVED:
-            halves = [[store.LazyMasks(run.path("masks", method, f"{label}~{n}")) for n in (1, 2)] for label in (a, b)]
-            found.append(exact(method, a, b, "jaccard halves", sum(jaccard(*pair) for pair in itertools.product(*halves)) / 4, size))
-    return rows(*found)
