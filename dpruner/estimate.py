@@ -15,7 +15,7 @@ from dpruner import pipeline
 from dpruner.calibration import CATALOGUE, load_texts
 from dpruner.config import RunConfig, split_domain
 from dpruner.errors import InputError
-from dpruner.loading import DTYPES, blank_model, is_here, pick_device
+from dpruner.loading import blank_model, is_here, pick_device
 from dpruner.masks import ranked
 from dpruner.memory import Plan, available_memory, parse_size
 from dpruner.model import count_weights, hidden_size, prunable_linears, require_length

@@ -1,6 +1,5 @@
 """What zeros buy on this machine, and what the walk costs: `make bench` prints it, and keeps it in docs/results/speed.json for docs/RESULTS.md."""
 
-import json
 import platform
 import time
 import zlib

@@ -279,10 +279,10 @@ def test_predict_keeps_its_answers_until_one_has_guessed(learn):
 def test_similarity_stands_between_floor_and_ceiling(learn):
     both, alone = opened("Similarity"), opened("Similarity", sides="the domain alone")
     shown_both, shown_alone = metrics(both), metrics(alone)
-    for shown in (shown_both, shown_alone):
-        floor, two, one = (float(shown[name]) for name in ("Floor: random masks", "½ text: 2 domains", "½ text: 1 domain"))
+    for figures in (shown_both, shown_alone):
+        floor, two, one = (float(figures[name]) for name in ("Floor: random masks", "½ text: 2 domains", "½ text: 1 domain"))
         assert floor == pytest.approx(1 / 3, abs=0.001)
-        assert float(shown["Floor to ceiling"].removesuffix(" %")) == pytest.approx(100 * (two - floor) / (one - floor), abs=0.5)
+        assert float(figures["Floor to ceiling"].removesuffix(" %")) == pytest.approx(100 * (two - floor) / (one - floor), abs=0.5)
     assert float(shown_both["Two domains"]) > float(shown_alone["Two domains"])   # the open domain is common to all
 
 

@@ -26,7 +26,7 @@ from dpruner.formulas import FORMULAS
 from dpruner.generate import generate, tokens_per_second
 from dpruner.loading import pick_device, stored_precision
 from dpruner.masks import Scores, make_masks, pruned
-from dpruner.model import max_length, prunable_linears
+from dpruner.model import prunable_linears
 from dpruner.partial import Partial
 from dpruner.pipeline import Job
 from dpruner.plan import Planned

@@ -41,7 +41,7 @@ class Step:
 def draw(step: Step, run: Run) -> Callable[[], None] | None:
     """A step from its picture to the links; what is to be called when the page stands, if anything."""
     later = None
-    if missing := [part for part in step.parts if part not in job.ready(run)]:
+    if set(step.parts) - set(job.ready(run)):
         st.info("This step is still being computed and appears here by itself. Steps that are ready can be read "
                 "meanwhile.", icon=":material/hourglass:")
     else:

@@ -5,7 +5,7 @@ import pandas as pd
 import streamlit as st
 
 from analysis import alike, figures, matrices, similarity
-from analysis.chart import counted, listed, percent
+from analysis.chart import listed, percent
 from analysis.sparsity import told
 from app import data, state, widgets
 from app.halves import Mask, halves, mean_pair, where_they_part
