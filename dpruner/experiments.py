@@ -80,6 +80,18 @@ class Experiment(Run):
                 raise InputError(f"The experiment {self.id} cannot go on", f"{name!r} has changed since it began, and its earlier figures are of the old content",
                                  f"bring the old content back, or give the new one another name, or delete {self.folder} to begin anew")
 
+    def require_same_model(self, run: Run) -> None:
+        """Refuse a point whose model is not that of the points before it; its run is taken away again.
+
+        Raises:
+            InputError: says so.
+        """
+        first = next((other for other in map(self.run_of, self.points()) if is_judged(other)), run)
+        if first.record["model"]["fingerprint"] != run.record["model"]["fingerprint"]:
+            shutil.rmtree(run.folder)
+            raise InputError(f"The experiment {self.id} cannot go on", "its model has changed since it began, and its earlier figures are of the old one",
+                             f"bring the old one back, or give the new one another name, or delete {self.folder} to begin anew")
+
     def results(self) -> pd.DataFrame:
         """results.parquet, one row for each figure: COLUMNS.
 
@@ -206,7 +218,7 @@ def conduct(experiment: Experiment, *, cache: str | Path = "cache", watch: Calla
                 status.step(point.slug, 0, STEPS)
                 if dense:
                     shutil.copytree(dense, run.folder / evaluations.FOLDER / DENSE, dirs_exist_ok=True)
-                _conduct(run, point, record, cache, seconds, lambda share, slug=point.slug: status.step(slug, min(round(STEPS * share), STEPS - 1), STEPS), waiting)
+                _conduct(experiment, run, point, cache, seconds, lambda share, slug=point.slug: status.step(slug, min(round(STEPS * share), STEPS - 1), STEPS), waiting)
             dense = run.folder / evaluations.FOLDER / DENSE
             found = summed_up(experiment)   # after each, so that what is known so far can be seen
             store.write_table(experiment.folder / "results.parquet", found)
@@ -215,12 +227,14 @@ def conduct(experiment: Experiment, *, cache: str | Path = "cache", watch: Calla
     return found
 
 
-def _conduct(run: Run, point: Point, record: dict, cache, seconds: Seconds, progress: Callable[[float], None], waiting) -> None:
+def _conduct(experiment: Experiment, run: Run, point: Point, cache, seconds: Seconds, progress: Callable[[float], None], waiting) -> None:
     """One point: prune, tune where it is asked for, judge, and leave out what takes much room."""
+    record = experiment.record
     shared = RunConfig.from_dict(record["config"])
     config, (pruning, tuning, judging) = dataclasses.replace(shared, **point.settings), (part / sum(seconds) for part in seconds)
     if not (run.folder / store.LAST).is_file():
         pipeline.run(config, folder=run.folder, cache=cache, watch=lambda status: progress(pruning * status.share), waiting=waiting)
+    experiment.require_same_model(run)
     if point.tune:
         finetuned(run, point.tune)
     tasks, answering = judged_on(record), []

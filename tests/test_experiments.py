@@ -258,6 +258,22 @@ def test_changed_texts_are_not_taken_for_the_old_ones(config, tmp_path, monkeypa
     experiment.require_same_files()   # of an earlier version, which kept no fingerprints
 
 
+def test_a_changed_model_is_not_taken_for_the_old_one(config, llama, tmp_path):
+    model, values = tmp_path / "model", [0.3, 0.6]
+    shutil.copytree(llama, model)
+    experiment = prepared("sparsity", dataclasses.replace(config, model=str(model)), values=values, root=tmp_path / "e")
+    conduct(experiment, cache=tmp_path / "cache")
+    last = experiment.run_of(experiment.points()[-1])
+    shutil.rmtree(last.folder)   # as if it had been stopped before its last point
+    tiny("llama", seed=1).save_pretrained(model)
+    with pytest.raises(InputError, match="its model has changed since it began"):
+        conduct(experiment, cache=tmp_path / "cache")
+    assert experiment.status["state"] == "failed" and not last.folder.exists()
+    shutil.copytree(llama, model, dirs_exist_ok=True)
+    conduct(experiment, cache=tmp_path / "cache")
+    assert experiment.status["state"] == "done"
+
+
 def test_stored_experiments_keep_their_names(tmp_path, monkeypatch):
     stored = find_experiments(ROOT / "docs" / "results")
     assert len(stored) > 10
