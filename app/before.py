@@ -9,6 +9,7 @@ from analysis.chart import listed
 from app import data, state, uploads, widgets
 from dpruner import RunConfig, estimate, worker
 from dpruner.loading import pick_device
+from dpruner.memory import Plan
 from dpruner.model import count_weights, decoder_blocks, max_length, skipped_weights
 from dpruner.units import duration, size
 
@@ -55,7 +56,8 @@ def examine(config: RunConfig) -> bool:
     dtype = str(estimate.precision(config, model, device)).removeprefix("torch.")
     texts = estimate.Outline(config, data.texts)
     seconds = estimate.seconds(config, model, texts, data.speed(config.model, config.revision, device, dtype), device)
-    memory, free = estimate.peak_memory(config, model, device), estimate.available_memory(device)
+    plan = estimate.plan_with_room(config, state.CACHE, model)
+    memory, free = estimate.peak_memory(config, model, device, plan), estimate.available_memory(device)
     needed, room = estimate.disk(config, model), shutil.disk_usage(state.RUNS if state.RUNS.exists() else Path.cwd()).free
     a, b = st.columns(2)
     a.metric("Time, about", duration(seconds),
@@ -63,6 +65,7 @@ def examine(config: RunConfig) -> bool:
     b.metric("Memory, about", size(sum(memory.values())),
              help="At the worst moment:  \n" + "  \n".join(f"{what}: {size(part)}" for what, part in memory.items()))
     st.caption(f"On {device} in {dtype}; {size(free)} of memory are free now. The run folder will take about {size(needed)} on disk.")
+    show_outside(config, model, device, plan)
     if needed > room:
         st.error(f"The disk has only {size(room)} left; delete runs that are no longer needed, or choose fewer domains or methods.",
                  icon=":material/error:")
@@ -71,9 +74,20 @@ def examine(config: RunConfig) -> bool:
         st.warning("This will probably **not fit into memory**. " + (
             "What would make it fit:\n" + "\n".join(f"- {r.words} (≈ {size(r.bytes)})" for r in helpful) if helpful else
             "No setting changes that: choose a smaller model, another device, or free some memory."), icon=":material/memory:")
+    for caution in estimate.cautions(config, model, device, plan):
+        st.warning(caution, icon=":material/memory:")
     st.caption("The result is zeros among the weights. By themselves they make the model **neither smaller nor faster**: they show which "
                "weights a domain needs. The page Results tells sizes and measured speed.")
     return needed <= room
+
+
+def show_outside(config: RunConfig, model, device: str, plan: Plan) -> None:
+    """What waits outside memory so that the run keeps to it, if anything does."""
+    waiting = sum(estimate.outside(config, model, device, plan).values())
+    if waiting:
+        usual = size(sum(estimate.peak_memory(config, model, device, Plan()).values()))
+        st.caption(f":material/swap_horiz: It would take {usual}: so weights, scores and masks of about {size(waiting)} wait "
+                   f"{'in files of the cache folder' if plan.files else 'in the memory of the host'}. The result is the same, later.")
 
 
 def show_model(config: RunConfig, model) -> None:

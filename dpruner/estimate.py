@@ -66,19 +66,20 @@ def cautions_of(config: RunConfig) -> list[str]:
     return cautions(config, blank_model(config.model, config.revision), str(pick_device(config.device)), plan_of(config))
 
 
-def plan_with_room(config: RunConfig, folder: Path) -> Plan:
+def plan_with_room(config: RunConfig, folder: Path, model: nn.Module | None = None) -> Plan:
     """`plan_of` a run whose files have room on the disk.
 
     Args:
         folder: the cache folder; it need not exist.
+        model: as `plan_of` takes it.
 
     Raises:
         InputError: they have not, or there is no plan.
     """
-    plan = plan_of(config)
+    plan = plan_of(config, model)
     if not (plan.outside and plan.files):
         return plan
-    device, model = str(pick_device(config.device)), blank_model(config.model, config.revision)
+    device, model = str(pick_device(config.device)), model or blank_model(config.model, config.revision)
     needed = sum(outside(config, model, device, plan).values())
     free = shutil.disk_usage(next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir())).free
     if needed > free:
@@ -97,7 +98,7 @@ def told(config: RunConfig) -> dict:
     config.check()
     model, device = blank_model(config.model, config.revision), str(pick_device(config.device))
     require_fitting(config, model)
-    plan, dtype = plan_of(config), precision(config, model, device)
+    plan, dtype = plan_of(config, model), precision(config, model, device)
     took = seconds(config, model, Outline(config), measure_speed(model, device, dtype), device)
     return {"device": device, "precision": str(dtype).removeprefix("torch."), "seconds": round(took), "disk": disk(config, model),
             "plan": dataclasses.asdict(plan), "memory": peak_memory(config, model, device, plan), "free": available_memory(device),
@@ -122,8 +123,11 @@ def require_memory(config: RunConfig, model: nn.Module, device: str) -> None:
                          "; or ".join(r.words for r in helpful) or f"allow it {needed / 1e9 + 0.01:.2f}GB")
 
 
-def plan_of(config: RunConfig) -> Plan:
+def plan_of(config: RunConfig, model: nn.Module | None = None) -> Plan:
     """How a run keeps to the memory it may use, or else to what is free on its device.
+
+    Args:
+        model: of `blank_model`, where it is there already.
 
     Raises:
         InputError: it cannot.
@@ -131,10 +135,10 @@ def plan_of(config: RunConfig) -> Plan:
     device = str(pick_device(config.device))
     if config.memory is None:
         with contextlib.suppress(InputError):   # of a model that cannot be loaded: said when it is
-            model = blank_model(config.model, config.revision)
+            model = model or blank_model(config.model, config.revision)
             return placed(choose(config, model, device, available_memory(device)), config, model, device)
         return Plan()
-    model = blank_model(config.model, config.revision)
+    model = model or blank_model(config.model, config.revision)
     require_memory(config, model, device)
     return placed(choose(config, model, device, parse_size(config.memory)), config, model, device)
 
@@ -286,10 +290,13 @@ def remedies(config: RunConfig, model: nn.Module, device: str, available: int) -
 
     now = sum(peak_memory(config, model, device).values())
     helpful = [r for r in (remedy(*step) for step in steps) if r.bytes < now]
-    limited = remedy(f"keep to a limit (memory {available / 1e9:.3g}GB; a run does so by itself where too little is free): slower, with the same "
-                     "result", {"memory": f"{available // 1000}KB"})
-    if config.memory is None and limited.bytes <= available:
-        return [limited, *(r for r in helpful if r.bytes <= available)]
+    if config.memory is None:
+        limit = {"memory": f"{max(available // 1000, 1)}KB"}
+        limited = remedy(f"keep to a limit (memory {available / 1e9:.3g}GB; a run does so by itself where too little is free): slower, with the same "
+                         "result", limit)
+        if limited.bytes <= available:
+            return [limited, *(r for r in helpful if r.bytes <= available)]
+        return remedies(dataclasses.replace(config, **limit), model, device, available)
     if enough := [r for r in helpful if r.bytes <= available]:
         return enough
     together = remedy("; ".join(r.words for r in helpful), {k: v for r in helpful for k, v in r.changes.items()})

@@ -29,6 +29,7 @@ from dpruner import InputError, RunConfig, cli, estimate, hub, loading, store, w
 from dpruner.calibration import load_texts
 from dpruner.model import count_weights, skipped_weights
 from dpruner.store import Run
+from dpruner.units import size
 
 MAIN = str(Path(__file__).parents[1] / "app" / "main.py")
 
@@ -539,13 +540,20 @@ def test_too_little_memory_is_said_with_what_would_help(runs, monkeypatch):
     config, model = RunConfig(methods=("dpruner", "magnitude"), eval_documents=10), loading.blank_model("starter")
     needed = sum(estimate.peak_memory(config, model, "cpu").values())
     monkeypatch.setattr(estimate, "available_memory", lambda device: needed)
-    assert not opened().warning
+    at = opened()
+    assert not at.warning and "wait in files" not in words(at)
     monkeypatch.setattr(estimate, "available_memory", lambda device: needed - 1)
-    said = opened().warning[0].value
-    helpful = estimate.remedies(config, model, "cpu", needed - 1)
-    assert "not fit into memory" in said and helpful and all(r.words in said for r in helpful)
+    at = opened()
+    assert not at.warning and f"It would take {size(needed)}: so weights, scores and masks of about" in words(at)
     monkeypatch.setattr(estimate, "available_memory", lambda device: 10**6)
     assert "No setting changes that" in opened().warning[0].value
+    config = dataclasses.replace(config, seqlen=512)
+    least = sum(estimate.peak_memory(config, model, "cpu", estimate.plan_of(config, model)).values())
+    monkeypatch.setattr(estimate, "available_memory", lambda device: least - 10**6)
+    at = opened(seqlen=512)
+    said = at.warning[0].value
+    helpful = estimate.remedies(config, model, "cpu", least - 10**6)
+    assert "not fit into memory" in said and helpful and all(r.words in said for r in helpful)
 
 
 def test_the_card_knows_the_model_and_says_what_zeros_are_worth(runs):
