@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -119,8 +120,8 @@ def require_memory(config: RunConfig, model: nn.Module, device: str) -> None:
     if needed > parse_size(config.memory):
         helpful = remedies(config, model, device, parse_size(config.memory))
         raise InputError(f"The run does not fit into {config.memory} of memory",
-                         f"at its most sparing it takes {needed / 1e9:.2f} GB, most of it for {most} ({parts[most] / 1e9:.2f} GB)",
-                         "; or ".join(r.words for r in helpful) or f"allow it {needed / 1e9 + 0.01:.2f}GB")
+                         f"at its most sparing it takes {needed / 1e9:.3f} GB, most of it for {most} ({parts[most] / 1e9:.3f} GB)",
+                         "; or ".join([f"allow it {math.ceil(needed / 1e7) / 100:.2f}GB", *(r.words for r in helpful)]))
 
 
 def plan_of(config: RunConfig, model: nn.Module | None = None) -> Plan:
@@ -274,7 +275,7 @@ class Remedy:
 
 
 def remedies(config: RunConfig, model: nn.Module, device: str, available: int) -> list[Remedy]:
-    """Changes each of which makes a run fit, the least harmful first; where none does alone, all of them together if that fits.
+    """Changes each of which makes a run fit, the least harmful first; without a limit of its own it is thought to keep to what is available.
 
     Returns:
         Empty where nothing helps: a smaller model or more memory it is.
@@ -288,19 +289,13 @@ def remedies(config: RunConfig, model: nn.Module, device: str, available: int) -
     def remedy(words, changes):
         return Remedy(words, changes, sum(peak_memory(dataclasses.replace(config, **changes), model, device).values()))
 
-    now = sum(peak_memory(config, model, device).values())
-    helpful = [r for r in (remedy(*step) for step in steps) if r.bytes < now]
+    helpful = [r for r in (remedy(*step) for step in steps) if r.bytes <= available]
     if config.memory is None:
         limit = {"memory": f"{max(available // 1000, 1)}KB"}
         limited = remedy(f"keep to a limit (memory {available / 1e9:.3g}GB; a run does so by itself where too little is free): slower, with the same "
                          "result", limit)
-        if limited.bytes <= available:
-            return [limited, *(r for r in helpful if r.bytes <= available)]
-        return remedies(dataclasses.replace(config, **limit), model, device, available)
-    if enough := [r for r in helpful if r.bytes <= available]:
-        return enough
-    together = remedy("; ".join(r.words for r in helpful), {k: v for r in helpful for k, v in r.changes.items()})
-    return [together] if together.bytes <= available else []
+        return [limited, *helpful] if limited.bytes <= available else remedies(dataclasses.replace(config, **limit), model, device, available)
+    return helpful
 
 
 def to_download(name: str, revision: str | None, model: nn.Module) -> int:

@@ -88,7 +88,7 @@ def played(row):
             for plan in (memory.Plan(), memory.Plan(outside=True, offload=True, passes=4)):
                 told = estimate.peak_memory(config, loading.blank_model(str(model)), "cuda", plan)
                 needed = sum(size for what, size in told.items() if what != "program") / peak.SPARE   # no context, no allocator
-                with card.present() as at_card, mock.patch.object(estimate, "plan_of", lambda config, plan=plan: plan):
+                with card.present() as at_card, mock.patch.object(estimate, "plan_of", lambda *_, plan=plan: plan):
                     pipeline.run(config, runs=f"{folder}/runs", cache=f"{folder}/{number} {plan.offload}")
                 row(f"played accelerator, {kind}, {'offloaded, 4 passes' if plan.offload else 'no limit'}: {at_card.peak / 1e6:.2f} MB",
                     f"told before: {needed / 1e6:.2f} MB", f"{needed / at_card.peak - 1:+.0%}", "± 20 %")

@@ -70,7 +70,7 @@ def test_a_sparing_run_ends_with_the_same_bits(name, dtype, llama, tmp_path, mon
     config = RunConfig(model=str(llama), domains=("legal",), **SMALL | {"device": "cpu", "dtype": dtype} | RUNS[name])
     usual = pipeline.run(config, runs=tmp_path / "usual", cache=tmp_path / "cache of usual")
     monkeypatch.setattr(memory, "SMALLEST", 0)
-    monkeypatch.setattr(estimate, "plan_of", lambda config: SPARING)
+    monkeypatch.setattr(estimate, "plan_of", lambda *_: SPARING)
     sparing = pipeline.run(config, runs=tmp_path / "sparing", cache=tmp_path / "cache of sparing")
     assert content(sparing) == content(usual) and not list(tmp_path.rglob(".outside*"))
 
@@ -177,7 +177,7 @@ def test_the_plan_changes_as_little_as_it_must():
 def test_a_limit_that_cannot_be_kept_is_refused_with_advice(tmp_path, capsys):
     assert cli.main(["prune", "--memory", "200MB", "--device", "cpu", "--runs", str(tmp_path / "runs"), "--cache", str(tmp_path / "cache")]) == 1
     said = capsys.readouterr().err
-    assert said.startswith("The run does not fit into 200MB of memory: at its most sparing it takes 0.") and "most of it for program (0.38 GB)" in said
+    assert said.startswith("The run does not fit into 200MB of memory: at its most sparing it takes 0.") and "most of it for program (0.380 GB)" in said
     assert "allow it 0." in said and said.count("\n") == 1 and not any(tmp_path.iterdir())
 
 

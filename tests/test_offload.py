@@ -190,7 +190,7 @@ def test_a_run_ends_with_the_same_bits_in_the_memory_that_was_told(name, files, 
     config = RunConfig(model=str(tmp_path / "model"), domains=("legal",), dtype="float32", nsamples=2, seqlen=32, halves=False, evaluate=False, **RUNS[name])
     runs, peaks, sparing = [], [], dataclasses.replace(SPARING, files=files)
     for plan in (Plan(), sparing):
-        monkeypatch.setattr(estimate, "plan_of", lambda config, plan=plan: plan)
+        monkeypatch.setattr(estimate, "plan_of", lambda *_, plan=plan: plan)
         on_card.peak = 0
         runs.append(pipeline.run(config, runs=tmp_path / f"runs {plan.offload}", cache=tmp_path / f"cache {plan.offload}"))
         told = estimate.peak_memory(config, loading.blank_model(config.model), "cuda", plan)
@@ -264,7 +264,7 @@ def test_what_waits_on_the_host_is_told_and_compared_with_what_is_free(free, sai
 
 def test_files_that_the_disk_has_no_room_for_are_refused_before_anything_is_written(on_card, llama, tmp_path, monkeypatch):
     config = RunConfig(model=str(llama), domains=("legal",), nsamples=2, seqlen=32)
-    monkeypatch.setattr(estimate, "plan_of", lambda config: SPARING)
+    monkeypatch.setattr(estimate, "plan_of", lambda *_: SPARING)
     monkeypatch.setattr(estimate.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(InputError, match="The disk has no room for what the run keeps outside the device: .* another disk with --cache"):
         pipeline.run(config, runs=tmp_path / "runs", cache=tmp_path / "cache")
