@@ -178,8 +178,8 @@ def compensate_walk(model: nn.Module, calibrations: list[list[torch.Tensor]], fi
 
 
 def mixed_fisher(fishers: list[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Sum of diagonal Fishers, each matrix divided by its mean (`fisher="both"`)."""
-    return {n: memory.kept(sum(relative(f[n]) for f in fishers)) for n in fishers[0]}
+    """Sum of diagonal Fishers, each matrix divided by its mean (`fisher="both"`), where the first ones are: others may come from a file."""
+    return {n: memory.kept(sum(relative(f[n].to(first.device)) for f in fishers)) for n, first in fishers[0].items()}
 
 
 FISHER_ENOUGH = 32   # sequences; with 16 text of neither calibration suffers, see docs/RESULTS.md

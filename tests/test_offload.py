@@ -204,6 +204,12 @@ def test_a_run_ends_with_the_same_bits_in_the_memory_that_was_told(name, files, 
     assert waiting["now"] == 0 and 0.8 < sum(told.values()) / waiting["most"] < 1.2, f"{waiting}, told {told}"
 
 
+def test_what_an_earlier_run_has_left_on_the_host_serves_the_next_one(on_card, llama, tmp_path):
+    config = RunConfig(model=str(llama), domains=("legal",), nsamples=2, seqlen=32, halves=False, evaluate=False, **RUNS["walk"])
+    first, second = (pipeline.run(config, runs=tmp_path / name, cache=tmp_path / "cache") for name in ("first", "second"))
+    assert content(first) == content(second)
+
+
 def test_what_has_no_room_visits_when_it_is_loaded(on_card, llama, monkeypatch):
     size = sum(4 * p.numel() for p in tiny("llama").parameters())
     stays, _ = load_model(str(llama), most=2 * size)
