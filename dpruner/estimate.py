@@ -146,10 +146,9 @@ def plan_of(config: RunConfig, model: nn.Module | None = None) -> Plan:
 
 def placed(plan: Plan, config: RunConfig, model: nn.Module, device: str) -> Plan:
     """A plan under which what lives outside an accelerator lies in the memory of its host, where that has room: files that are written to wait for a disk."""
-    if torch.device(device).type == "cpu" or not plan.outside:
-        return plan
     needed = sum(outside(config, model, device, plan).values()) + sum(host_memory(config, model, device, plan).values())
-    return dataclasses.replace(plan, files=needed > available_memory("cpu"))
+    apart = torch.device(device).type not in ("cpu", "mps")   # from the host's memory
+    return dataclasses.replace(plan, files=plan.outside and not (apart and needed <= available_memory("cpu")))
 
 
 def advice(config: RunConfig, model: nn.Module) -> str:

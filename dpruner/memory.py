@@ -34,14 +34,14 @@ class Plan:
         offload: on an accelerator, the weights of blocks too: each visits the device while it computes, and a second time for backward.
         checkpointing: a pass with gradients keeps the input of each block only, and computes the rest of it a second time.
         passes: over the calibration, each with gradients of a part of the weights.
-        files: what lives outside lies in files; on an accelerator else in the host's memory.
+        files: what lives outside lies in files; else in the memory of an accelerator's host.
     """
 
     outside: bool = False
     offload: bool = False
     checkpointing: bool = False
     passes: int = 1
-    files: bool = True
+    files: bool = False
 
 
 _plan = Plan()

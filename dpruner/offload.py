@@ -7,7 +7,6 @@ again. Nobody who runs the model has to know: walks, gradients, evaluation, gene
 from collections import OrderedDict
 from collections.abc import Callable
 
-import psutil
 import torch
 from torch import nn
 from torch.func import functional_call
@@ -42,8 +41,8 @@ def offload(model: nn.Module, device: torch.device) -> nn.Module:
     shared = {id(p) for module in model.modules() if id(module) not in inside for p in module.parameters(recurse=False)}   # with embeddings, say
     waiting = {id(p): p for p in blocks.parameters() if memory.is_large(p) and id(p) not in shared}
     model._apply(lambda t: t if id(t) in waiting else t.to(device))
-    size = sum(p.numel() * p.element_size() for p in waiting.values())
-    pinned = torch.cuda.is_available() and psutil.virtual_memory().available > 2 * size   # torch rounds each up to a power of two
+    size = sum(p.numel() * p.element_size() for p in waiting.values())   # of which torch rounds each up to a power of two
+    pinned = torch.cuda.is_available() and not memory.plan().files and memory.available_memory("cpu") > 2 * size
     for p in waiting.values():
         _visits[p] = device
         p.data = p.data.pin_memory() if pinned else p.data

@@ -65,10 +65,9 @@ class Checkpoint:
         with contextlib.suppress(OSError, InputError):
             if self.pending:
                 name = f"final-{step:08d}"
-                store.write_tensors(self._path(name), {n: t.contiguous() for n, t in self.pending.items()})
+                store.write_tensors(self._path(name), self.pending)
                 self.final, self.pending = [*self.final, name], {}
-            store.write_tensors(self._path(self.STATE), {n: t.contiguous() for n, t in state().items()},
-                                {"step": str(step), "final": json.dumps(self.final)})
+            store.write_tensors(self._path(self.STATE), state(), {"step": str(step), "final": json.dumps(self.final)})
         self.last = time.monotonic()
         self.cost = self.last - began
 

@@ -15,7 +15,7 @@ from dpruner.loading import DTYPES
 from dpruner.masks import as_rows
 from dpruner.memory import Plan, parse_size
 from dpruner.model import count_weights, decoder_blocks, hidden_size, prunable_linears, stored_transposed, usual_window
-from dpruner.plan import wants_sides
+from dpruner.plan import wants_fishers, wants_halves, wants_sides
 from dpruner.walk import TOKENS_PER_PASS
 
 PROGRAM = {"cpu": 380e6, "cuda": 700e6}   # bytes of Python, torch and the text before there is a model; on an accelerator of its context
@@ -24,7 +24,7 @@ LOGITS = 12             # bytes for each word of the vocabulary and token: as th
 OUTSIDE = ("weights that wait", "general importance", "domain scores", "copy of the weights", "masks and weights", "Fishers", "scores of another method",
            "texts inside the model", "ranks", "masks and weights put aside")   # what lives outside the device's memory where a plan says so
 PASSES = (1, 2, 4, 8, 16, 32)   # over the calibration
-SCORES = {"balanced": 4, "taylor": 12, "release": 8}   # bytes per prunable weight that a domain pass adds to
+SCORES = {"balanced": 4, "taylor": 12, "release": 8, "fisher": 4}   # bytes per prunable weight that a pass with gradients adds to
 
 
 def precision(config: RunConfig, model: nn.Module, device: str) -> torch.dtype:
@@ -74,14 +74,10 @@ def host_memory(config: RunConfig, model: nn.Module, device: str, plan: Plan) ->
     """
     if torch.device(device).type == "cpu":
         return {}
-    prunable, total = count_weights(model)
-    item = precision(config, model, device).itemsize
-    if plan.outside:
-        passing = {"a weight on its way": 4 * max(p.numel() for p in model.parameters())}
-    else:
-        converted = stored(model).itemsize != item
-        passing = {"weights as they are read": total * item * converted, "copy of the weights": total * item * config.finetune,
-                   "scores on their way into a file": 4 * prunable}
+    total, item = count_weights(model)[1], precision(config, model, device).itemsize
+    converted = stored(model).itemsize != item and not plan.offload
+    passing = {"a tensor on its way": 4 * max(p.numel() for p in model.parameters()), "weights as they are read": total * item * converted,
+               "copy of the weights": total * item * config.finetune * (not plan.outside)}
     most = max(passing, key=passing.get)
     return {"program": round(PROGRAM["cpu"]), most: passing[most]}
 
@@ -100,13 +96,20 @@ def _stages(config: RunConfig, model: nn.Module, item: int, plan: Plan, kind: st
         always |= {"weights": 0, "weights that wait": total * item}
     elif plan.offload:   # a block's visit
         always |= {"weights": (total - sum(blocks) + max(blocks)) * item, "weights that wait": sum(blocks) * item}
-    scoring = _domain_pass(config, model, item, plan, kind)
-    if kind == "cpu" and config.general_mode == "static" and not config.finetune and stored(model).itemsize == item:
-        scoring["weights"] = 0   # nothing has changed them yet: they are still pages of their file
+    passes = [_domain_pass(config, model, item, plan, kind)] if _is_scored(config) else []
+    passes += [_fisher_pass(config, model, item, plan, kind)] if wants_fishers(config) else []
+    if kind == "cpu" and _weights_as_read(config) and stored(model).itemsize == item:
+        passes = [found | {"weights": 0} for found in passes]   # they are still pages of their file
     largest = max(m.weight.numel() for m in prunable_linears(model).values())
     scored = {"domain scores": 8 * prunable} if _is_scored(config) else {}
     ranking = {"ranks": prunable, "ranking of one matrix": 32 * largest}
-    return [always | parts for parts in (*_walks(config, model, item, plan, kind), scoring, scored | ranking, scored | _judging(config, model, item))]
+    return [always | parts for parts in (*_walks(config, model, item, plan, kind), *passes, scored | ranking, scored | _judging(config, model, item))]
+
+
+def _weights_as_read(config: RunConfig) -> bool:
+    """Whether nothing has changed the weights when gradients are taken."""
+    first_of_all = len(config.domains) == 1 and not wants_halves(config) and (len(config.methods) == 1 or wants_sides(config))
+    return first_of_all and config.general_mode == "static" and not config.finetune
 
 
 def _is_scored(config: RunConfig) -> bool:
@@ -127,7 +130,7 @@ def _walks(config: RunConfig, model: nn.Module, item: int, plan: Plan, kind: str
         # of the linears that share an input: float32 copies, stacked ones, transposed ones; the factor of H in float64; then what `refine` steps with
         swept = 0 if static else 46 if refined else 18
         at_work = max(max((4 if static else 8) * n * out + 32 * n * n, swept * n * out + 16 * n * n) for n, out in groups)
-        text_inside = tokens * sum(n for n, _ in groups) * item   # gone before the first sweep, but not for an allocator that keeps it
+        text_inside = tokens * sum(n for n, _ in groups) * item + 2 * tokens / config.seqlen * _attention(model, config.seqlen, item)   # gone before the first sweep, but not for an allocator that keeps it
         at_work = at_work + text_inside if kind == "cpu" and not plan.outside else max(at_work, text_inside)
         return {"one block": (0 if static or plan.offload else item * block) + at_work, "Hessians": sets * sum(8 * n * n for n, _ in groups),
                 "texts inside the model": sets * text}
@@ -135,7 +138,7 @@ def _walks(config: RunConfig, model: nn.Module, item: int, plan: Plan, kind: str
     found = [walk(1, False, config.general_mode == "static")]
     if config.compensate or "sparsegpt" in config.methods:
         mixed = config.hessian if config.compensate else config.baseline_calibration
-        walked = config.compensate == "walk" and "dpruner" in config.methods
+        walked = wants_fishers(config)
         found.append(walk(2 if mixed == "mix" else 1, walked and config.refine > 0) | {
             "domain scores": prunable * (8 if _is_scored(config) else 0), "masks and weights": prunable * (1 + item),
             "Fishers": prunable * (8 if config.fisher == "both" else 4) if walked else 0,
@@ -178,27 +181,49 @@ def _domain_pass(config: RunConfig, model: nn.Module, item: int, plan: Plan, kin
                  "general importance of a part": 4 * in_pass * FORMULAS[config.formula].regards_general}
     if config.finetune and (kind == "cpu" or plan.outside):
         found["copy of the weights"] = total * item
+    return found | {"gradients and activations": _passing(config, model, item, plan.checkpointing or plan.offload, config.finetune)}
+
+
+def _fisher_pass(config: RunConfig, model: nn.Module, item: int, plan: Plan, kind: str) -> dict[str, float]:
+    """The domain's Fisher, beside the open domain's where both count."""
+    prunable, _ = count_weights(model)
+    found = {"Fishers": prunable * SCORES["fisher"] * (2 if config.fisher == "both" else 1)}
+    if plan.outside and kind != "cpu":
+        in_pass = prunable / plan.passes
+        found |= {"Fishers of a part": SCORES["fisher"] * in_pass, "weights of a part": item * in_pass * plan.offload}
     return found | {"gradients and activations": _passing(config, model, item, plan.checkpointing or plan.offload)}
 
 
-def _passing(config: RunConfig, model: nn.Module, item: int, twice: bool) -> float:
+def _passing(config: RunConfig, model: nn.Module, item: int, twice: bool, tuned: bool = False) -> float:
     """What a forward and a backward pass need beside weights and scores: at the loss, or when the gradients of the head or of a block are there.
 
     Args:
         twice: blocks keep their input only, and are computed a second time.
+        tuned: every parameter has a gradient, and several sequences pass together.
     """
     shapes, blocks = [tuple(m.weight.shape) for m in prunable_linears(model).values()], len(decoder_blocks(model)[1])
     embedding, head = model.get_input_embeddings().weight, getattr(model.get_output_embeddings(), "weight", None)
     vocabulary, hidden = embedding.shape
-    tokens, words = config.seqlen, 0
+    length, sequences, words = config.seqlen, 1, 0
     gradient = max(a * b for a, b in shapes)
     gradient = gradient * item + 12 * min(gradient, max(gradient // 16, SMALLEST_PART))   # and what is computed on a part of it
-    if config.finetune:
-        tokens, words = min(8, config.nsamples) * min(config.seqlen, 1024), vocabulary * hidden * item
-    of_linears = int(1.2 * (sum(map(sum, shapes)) * item + hidden * 4 * blocks))   # in- and outputs
-    kept, block = (hidden * item * blocks, of_linears / blocks) if twice else (of_linears, 0)
+    if tuned:
+        length, sequences, words = min(config.seqlen, 1024), min(8, config.nsamples), vocabulary * hidden * item
+    tokens = sequences * length
+    attention = sequences * _attention(model, length, item)
+    of_linears = tokens * int(1.2 * (sum(map(sum, shapes)) * item + hidden * 4 * blocks))   # in- and outputs
+    kept, block = (tokens * hidden * item * blocks, of_linears / blocks + attention) if twice else (of_linears + attention * blocks, 0)
+    block += 2 * attention   # gradients of its weights, before and after the softmax
     held = words if head is embedding else 0   # until the embedding's own gradient joins it
-    return tokens * kept + max(tokens * LOGITS * vocabulary, tokens * 8 * vocabulary + words, tokens * block + gradient + held, words + held)
+    return kept + max(tokens * LOGITS * vocabulary, tokens * 8 * vocabulary + words, block + gradient + held, words + held)
+
+
+def _attention(model: nn.Module, length: int, item: int) -> float:
+    """Bytes that backward needs of a block's attention weights for a sequence; none where attention is fused, which computes them again."""
+    config = model.config.get_text_config()
+    if getattr(config, "_attn_implementation", None) != "eager":
+        return 0
+    return config.num_attention_heads * length ** 2 * (4 + (item if item < 4 else 0))   # the softmax is float32
 
 
 def _judging(config: RunConfig, model: nn.Module, item: int) -> dict[str, float]:
@@ -209,8 +234,10 @@ def _judging(config: RunConfig, model: nn.Module, item: int) -> dict[str, float]
     if not config.evaluate:
         return found
     widest = max(max(m.weight.shape) for m in prunable_linears(model).values())
-    tokens = max(config.eval_seqlen or usual_window(model), TOKENS_PER_PASS)
-    return found | {"evaluation": tokens * (LOGITS * model.get_input_embeddings().weight.shape[0] + 4 * widest * item)}
+    window = config.eval_seqlen or usual_window(model)
+    tokens = max(window, TOKENS_PER_PASS)
+    return found | {"evaluation": tokens * (LOGITS * model.get_input_embeddings().weight.shape[0] + 4 * widest * item)
+                    + 2 * tokens / window * _attention(model, window, item)}
 
 
 def choose(config: RunConfig, model: nn.Module, device: str, allowance: int) -> Plan:

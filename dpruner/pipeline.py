@@ -27,7 +27,7 @@ from dpruner.masks import Scores, jaccard, make_masks, pruned, ranked
 from dpruner.loading import load_model, pick_device
 from dpruner.model import count_weights, decoder_blocks, fingerprint, heads_of, require_length, skipped_weights, transposed_names
 from dpruner.partial import Partial
-from dpruner.plan import HALVED, planned_work, wants_halves, wants_sides
+from dpruner.plan import HALVED, planned_work, wants_fishers, wants_halves, wants_sides
 from dpruner.rows import described, exact, perplexity_rows, rows, similarities
 from dpruner.stats import in_parts, matrix_stats
 from dpruner.status import Status
@@ -265,7 +265,7 @@ def cached_general_importance(job: Job, cache: Path) -> Scores:
 
 def cached_general_fisher(job: Job, cache: Path) -> Scores | None:
     """The open domain's Fisher where the dual walk regards both sides, shared like G; None where it is not asked for."""
-    if job.config.compensate != "walk" or job.config.fisher != "both" or "dpruner" not in job.config.methods:
+    if not wants_fishers(job.config) or job.config.fisher != "both":
         return None
     batches = fisher_batches(job.prepared.texts.general)
     key = {**_cache_key(job.prepared), "sequences": len(batches)}
@@ -315,7 +315,7 @@ def prune(job: Job, method: str, label: str, scores: Scores | None, general_fish
     if method == "sparsegpt":
         return baselines.sparsegpt(model, texts.sets(label, config.baseline_calibration), sparsity, **watched)
     sets = texts.sets(label, config.hessian)
-    if method == "dpruner" and config.compensate == "walk":
+    if method == "dpruner" and wants_fishers(config):
         batches = fisher_batches(texts.domains[label])
         fishers = [fisher_diagonal(model, batches, stage="domain fisher", passes=memory.plan().passes, **job.watched(f"fisher of {label}"))]
         fishers += [general_fisher] if general_fisher is not None else []

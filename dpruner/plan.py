@@ -20,6 +20,11 @@ def wants_halves(config: RunConfig) -> bool:
     return config.halves and config.nsamples > 1 and config.compensate != "walk" and bool(set(HALVED) & set(config.methods))
 
 
+def wants_fishers(config: RunConfig) -> bool:
+    """Whether the dual score is taken inside the walk, from Fishers in place of a domain pass."""
+    return "dpruner" in config.methods and config.compensate == "walk"
+
+
 class Planned(NamedTuple):
     """One stage of a run: its cost in token passes through the model, and the piece of the run it belongs to."""
 
@@ -37,7 +42,7 @@ def planned_work(config: RunConfig, texts: Texts) -> list[Planned]:
     held = {label: sum(len(t) for t in documents) / 2 for label, documents in texts.heldout.items()}
     domain_pass = 2 * gradients * config.epochs if config.finetune else gradients
     plan = [Planned("general importance", walk, "general")]
-    if config.compensate == "walk" and config.fisher == "both":
+    if wants_fishers(config) and config.fisher == "both":
         plan.append(Planned("general fisher", fisher, "fisher"))
     plan += [Planned("evaluation", cost, DENSE) for cost in held.values()]
     for label in texts.labels:
@@ -49,7 +54,7 @@ def planned_work(config: RunConfig, texts: Texts) -> list[Planned]:
                 stages.append(("wanda", walk))
             if method == "sparsegpt":
                 stages.append(("sparsegpt", walk))
-            elif config.compensate == "walk" and method == "dpruner":
+            elif method == "dpruner" and wants_fishers(config):
                 stages += [("domain fisher", fisher), ("compensation", 2 * walk)]
             elif config.compensate == "after":
                 stages.append(("compensation", 2 * walk))

@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from dpruner import leftovers, memory
 from dpruner.errors import InputError
@@ -24,6 +23,8 @@ RECORDS = ("run.json", "status.json")   # what a run is; without them it is none
 LAST = "metrics.parquet"                # the last file that a run writes
 TABLES = ("stats.parquet", "losses.parquet", LAST)
 ROW_GROUP = 2**16   # rows of a table that are read, or passed over, together
+KINDS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
+         torch.int16: "I16", torch.int8: "I8", torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL"}   # as safetensors calls them
 
 
 @contextlib.contextmanager
@@ -35,7 +36,6 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)   # safetensors makes files that only their owner can read
         os.replace(temporary, path)
         _make_durable(path.parent)
     finally:
@@ -81,26 +81,25 @@ def read_json(path: Path) -> dict:
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
     with replacing(path) as temporary:
-        try:
-            save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, dict(metadata or {}))
-        except SafetensorError as error:
-            code = re.search(r"\(os error (\d+)\)", str(error))   # it hides the system's reason, such as a full disk, in its text
-            if code:
-                raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
-            raise
-        _sort_metadata(temporary)
+        save_file(tensors, temporary, dict(metadata or {}))
 
 
-def _sort_metadata(path: Path) -> None:
-    """Put the metadata of a safetensors file in order: the library shuffles it, and the same content must be the same bytes."""
-    with open(path, "r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
-        data = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(data) <= size:
-            file.seek(8)
-            file.write(data.ljust(size))
+def save_file(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """A safetensors file, in the memory of one tensor, and the same bytes for the same content.
+
+    The library's own writer wants all of them on the host at once, puts the metadata in another order every time, and hides a full disk in its words.
+    """
+    order = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))   # so that each begins at a multiple of its elements' size
+    header, end = {"__metadata__": dict(sorted(metadata.items()))}, 0
+    for name in order:
+        begin, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        header[name] = {"dtype": KINDS[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [begin, end]}
+    words = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    words = words.ljust(-(-len(words) // 8) * 8)
+    with open(path, "wb") as file:
+        file.write(len(words).to_bytes(8, "little") + words)
+        for name in order:
+            file.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def read_tensors(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPTJConfig, LlamaConfig
 
 from dpruner import RunConfig, estimate, loading, memory, peak, pipeline, starter, store
 
@@ -34,6 +34,7 @@ SHAPES = {   # of random weights, with the starter's tokenizer; no constant of t
                         tie_word_embeddings=True, **LLAMA),
     "small": LlamaConfig(hidden_size=128, num_hidden_layers=8, intermediate_size=344, num_attention_heads=4, num_key_value_heads=4, **LLAMA),
     "gpt2": GPT2Config(n_embd=640, n_layer=8, n_head=10, vocab_size=8192, n_positions=512),
+    "gptj": GPTJConfig(n_embd=512, n_layer=8, n_head=8, rotary_dim=32, vocab_size=8192, n_positions=1024),   # its attention is not fused
 }
 KINDS = {"ten times the starter": TEN,
          "deep": {"walk": {"compensate": "walk", "general_mode": "sequential"}, "walk, at most 560MB": {"compensate": "walk", "memory": "560MB"},
@@ -45,7 +46,10 @@ KINDS = {"ten times the starter": TEN,
          "gpt2": {"compensate after": {"compensate": "after"},
                   "halves, two domains, compensate after": {"methods": ("dpruner", "wanda"), "domains": ("legal", "finance"), "halves": True,
                                                             "compensate": "after"},
-                  "release, fine-tuning, at most 850MB": {"formula": "release", "finetune": True, "epochs": 1, "seqlen": 256, "memory": "850MB"}}}
+                  "wanda and random, 512 tokens": {"methods": ("wanda", "random"), "seqlen": 512, "evaluate": False},
+                  "release, fine-tuning, at most 850MB": {"formula": "release", "finetune": True, "epochs": 1, "seqlen": 256, "memory": "850MB"}},
+         "gptj": {"taylor, 1,024 tokens": {"formula": "taylor", "seqlen": 1024, "evaluate": False},
+                  "balanced, 1,024 tokens, evaluated": {"seqlen": 1024, "eval_seqlen": 1024}}}
 PLAYED = {"balanced": {}, "taylor": {"formula": "taylor"}, "release, fine-tuning": {"formula": "release", "finetune": True, "epochs": 1},
           "walk": {"compensate": "walk", "general_mode": "sequential", "refine": 1}}
 

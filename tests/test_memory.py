@@ -23,7 +23,7 @@ from dpruner.model import decoder_blocks
 from dpruner.walk import checkpointing
 
 ROOT = Path(__file__).parents[1]
-SPARING = Plan(outside=True, checkpointing=True, passes=3)
+SPARING = Plan(outside=True, files=True, checkpointing=True, passes=3)
 
 
 @given(st.integers(1, 10**9), st.sampled_from(["", "K", "M", "G", "T"]), st.sampled_from(["", "B", "b"]), st.sampled_from(["", " "]))
@@ -119,7 +119,7 @@ from dpruner import domain_importance, general_importance, load_model, make_mask
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
-with memory.following(memory.Plan(outside=True, checkpointing=True), folder), torch.no_grad():
+with memory.following(memory.Plan(outside=True, files=True, checkpointing=True), folder), torch.no_grad():
     load_model("starter", device="cpu")   # what libraries set up at their first use
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)

@@ -270,7 +270,7 @@ def test_what_waits_on_the_host_is_told_and_compared_with_what_is_free(free, sai
 
 def test_files_that_the_disk_has_no_room_for_are_refused_before_anything_is_written(on_card, llama, tmp_path, monkeypatch):
     config = RunConfig(model=str(llama), domains=("legal",), nsamples=2, seqlen=32)
-    monkeypatch.setattr(estimate, "plan_of", lambda *_: SPARING)
+    monkeypatch.setattr(estimate, "plan_of", lambda *_: dataclasses.replace(SPARING, files=True))
     monkeypatch.setattr(estimate.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(InputError, match="The disk has no room for what the run keeps outside the device: .* another disk with --cache"):
         pipeline.run(config, runs=tmp_path / "runs", cache=tmp_path / "cache")

@@ -22,6 +22,7 @@ import torch
 from conftest import SMALL
 from families import tiny, tiny_tokenizer
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import dpruner
@@ -687,6 +688,19 @@ def test_too_little_memory_is_told_in_words(llama, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="more memory than there is.*Tried to allocate"):
         quick(llama, tmp_path)
     assert failed(tmp_path / "runs")["error"]["what"] == "The run needs more memory than there is"
+
+
+def test_tensors_are_what_the_library_reads(tmp_path):
+    tensors = {"odd bytes": torch.arange(7, dtype=torch.uint8), "b": torch.randn(3, 5).bfloat16(), "none": torch.empty(0, 4), "scalar": torch.tensor(2.5),
+               "view": torch.arange(12.0).view(3, 4).t(), "flags": torch.rand(5) > 0.5, "long": torch.arange(3, dtype=torch.float64)}
+    about = {"z": "ä", "a": "1"}
+    for name in ("one", "two"):
+        store.write_tensors(tmp_path / name, dict(reversed(tensors.items())) if name == "two" else tensors, about)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    found = load_file(tmp_path / "one")
+    assert found.keys() == tensors.keys() and all(torch.equal(found[n], t) and found[n].dtype == t.dtype for n, t in tensors.items())
+    with store.opened(tmp_path / "one") as file:
+        assert file.metadata() == about
 
 
 def full_disk(monkeypatch, where: str):
