@@ -54,9 +54,8 @@ def examine(config: RunConfig) -> bool:
     estimate.require_fitting(config, model)
     device = str(pick_device(config.device))
     dtype = str(estimate.precision(config, model, device)).removeprefix("torch.")
-    texts = estimate.Outline(config, data.texts)
-    seconds = estimate.seconds(config, model, texts, data.speed(config.model, config.revision, device, dtype), device)
-    plan = estimate.plan_with_room(config, state.CACHE, model)
+    texts, plan = estimate.Outline(config, data.texts), estimate.plan_with_room(config, state.CACHE, model)
+    seconds = estimate.seconds(config, model, texts, data.speed(config.model, config.revision, device, dtype), device, plan)
     memory, free = estimate.peak_memory(config, model, device, plan), estimate.available_memory(device)
     needed, room = estimate.disk(config, model), shutil.disk_usage(state.RUNS if state.RUNS.exists() else Path.cwd()).free
     a, b = st.columns(2)
@@ -69,11 +68,6 @@ def examine(config: RunConfig) -> bool:
     if needed > room:
         st.error(f"The disk has only {size(room)} left; delete runs that are no longer needed, or choose fewer domains or methods.",
                  icon=":material/error:")
-    if sum(memory.values()) > free:
-        helpful = estimate.remedies(config, model, device, free)
-        st.warning("This will probably **not fit into memory**. " + (
-            "What would make it fit:\n" + "\n".join(f"- {r.words} (≈ {size(r.bytes)})" for r in helpful) if helpful else
-            "No setting changes that: choose a smaller model, another device, or free some memory."), icon=":material/memory:")
     for caution in estimate.cautions(config, model, device, plan):
         st.warning(caution, icon=":material/memory:")
     st.caption("The result is zeros among the weights. By themselves they make the model **neither smaller nor faster**: they show which "

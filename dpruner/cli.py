@@ -9,6 +9,7 @@ import dataclasses
 import json
 import sys
 import typing
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -141,7 +142,7 @@ def command_prune(args: argparse.Namespace) -> None:
     config = settings(args, earlier)
     config.check()
     if args.dry_run:
-        return _show_estimate(config, args)
+        return _together(config, lambda: _show_estimate(config, args))
     run = _finished(config, args, runs=args.runs)
     if run is not None:
         _warn_if_changed(args.config, earlier, run)
@@ -150,18 +151,16 @@ def command_prune(args: argparse.Namespace) -> None:
 
 def _show_estimate(config: RunConfig, args: argparse.Namespace) -> None:
     """What a run would take."""
-    from dpruner import estimate, loading, tables
-    with loading.quiet_libraries():
-        told = estimate.told(config)
+    from dpruner import estimate, tables
+    told = estimate.told(config, Path(args.cache))
     print(json.dumps(told, ensure_ascii=False)) if args.json else tables.show_estimate(told, Console(highlight=False))
 
 
 def _finished(config: RunConfig, args: argparse.Namespace, **where):
     """The run, done from beginning to end; None in a process that only helps another one."""
-    from dpruner import distributed, estimate, loading, pipeline
-    with loading.quiet_libraries(), distributed.team() as first:
-        if not first:
-            return distributed.follow(lambda: loading.load_model(config.model, revision=config.revision, device=config.device, dtype=config.dtype)[0])
+    from dpruner import distributed, estimate, pipeline
+
+    def work():
         if config.finetune and distributed.several():
             print("Fine-tuning takes one batch after the other: its domain pass runs in the first process, and the others wait.", file=sys.stderr)
         if not distributed.several():
@@ -169,6 +168,17 @@ def _finished(config: RunConfig, args: argparse.Namespace, **where):
                 print(caution, file=sys.stderr)
         with _watching() as watch:
             return pipeline.run(config, cache=args.cache, watch=watch, **where)
+
+    return _together(config, work)
+
+
+def _together(config: RunConfig, work: Callable):
+    """What `work()` gives, in the first of the processes that torchrun has started; None in those that help it."""
+    from dpruner import distributed, loading
+    with loading.quiet_libraries(), distributed.team() as first:
+        if first:
+            return work()
+        return distributed.follow(lambda: loading.load_model(config.model, revision=config.revision, device=config.device, dtype=config.dtype)[0])
 
 
 def _show(run, args: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ from dpruner.masks import ranked
 from dpruner.memory import Plan, available_memory, parse_size
 from dpruner.model import count_weights, hidden_size, prunable_linears, require_length
 from dpruner.peak import choose, host_memory, outside, peak_memory, precision, stored
+from dpruner.units import size
 
 START = 5.0             # seconds until a process has imported everything
 LOADING = 0.4e9         # bytes a second: read, checked for NaN and fingerprinted
@@ -41,18 +42,31 @@ def require_fitting(config: RunConfig, model: nn.Module) -> None:
 
 
 def cautions(config: RunConfig, model: nn.Module, device: str, plan: Plan) -> list[str]:
-    """What to know before a run starts whose host has too little memory, in sentences; none where all is well.
+    """What to know before a run starts that may find too little memory, in sentences; none where all is well.
 
     Args:
         model, device, plan: as `peak_memory` takes them.
     """
+    return _crowded(config, model, device, plan) + _crowded_host(config, model, device, plan)
+
+
+def _crowded(config: RunConfig, model: nn.Module, device: str, plan: Plan) -> list[str]:
+    needed, free = sum(peak_memory(config, model, device, plan).values()), available_memory(device)
+    if needed <= free:
+        return []
+    helpful = [r.words for r in remedies(config, model, device, free)]
+    return [f"The run will probably not fit into memory: it takes about {size(needed)} and {size(free)} are free on {device}; "
+            + ("; or ".join(helpful) if helpful else "no setting changes that: choose a smaller model, another device, or free some memory") + "."]
+
+
+def _crowded_host(config: RunConfig, model: nn.Module, device: str, plan: Plan) -> list[str]:
     free, waiting = available_memory("cpu"), sum(outside(config, model, device, plan).values())
     needed = sum(host_memory(config, model, device, plan).values())
     if needed > free:
-        return [f"The run will probably not fit into the memory of the host: it takes about {needed / 1e9:.1f} GB there and {free / 1e9:.1f} GB are free; "
+        return [f"The run will probably not fit into the memory of the host: it takes about {size(needed)} there and {size(free)} are free; "
                 "use a machine with more, or keep to a limit on the device (such as --memory 16GB), which needs less on the host."]
     if needed + waiting > free:
-        return [f"About {waiting / 1e9:.1f} GB of weights, scores and masks wait in files of the cache folder, and {free / 1e9:.1f} GB of memory are free to "
+        return [f"About {size(waiting)} of weights, scores and masks wait in files of the cache folder, and {size(free)} of memory are free to "
                 "hold them: the rest is read from the disk whenever it is needed, which takes longer; free some memory, use the precision bfloat16, or put "
                 "the cache folder on a fast disk."]
     return []
@@ -90,8 +104,11 @@ def plan_with_room(config: RunConfig, folder: Path, model: nn.Module | None = No
     return plan
 
 
-def told(config: RunConfig) -> dict:
-    """All that is known of a run before it starts, as plain values: bytes by what they are for, seconds, and sentences on what is wrong.
+def told(config: RunConfig, cache: Path) -> dict:
+    """All that is known of a run before it starts, as plain values: bytes by what they are for, seconds, and sentences on what may go wrong.
+
+    Args:
+        cache: the cache folder; it need not exist.
 
     Raises:
         InputError: it cannot be done.
@@ -99,10 +116,13 @@ def told(config: RunConfig) -> dict:
     config.check()
     model, device = blank_model(config.model, config.revision), str(pick_device(config.device))
     require_fitting(config, model)
-    plan, dtype = plan_of(config, model), precision(config, model, device)
-    took = seconds(config, model, Outline(config), measure_speed(model, device, dtype), device)
+    for source, column in {split_domain(config.general)[1]: None, **{split_domain(d)[1]: config.column for d in config.domains}}.items():
+        if source not in CATALOGUE:   # which would be downloaded
+            load_texts(source, column=column, limit=1)
+    plan, dtype = plan_with_room(config, cache, model), precision(config, model, device)
+    took = seconds(config, model, Outline(config), measure_speed(model, device, dtype), device, plan)
     return {"device": device, "precision": str(dtype).removeprefix("torch."), "seconds": round(took), "disk": disk(config, model),
-            "plan": dataclasses.asdict(plan), "memory": peak_memory(config, model, device, plan), "free": available_memory(device),
+            "download": to_download(config.model, config.revision, model), "plan": dataclasses.asdict(plan), "memory": peak_memory(config, model, device, plan), "free": available_memory(device),
             "outside": outside(config, model, device, plan), "host": host_memory(config, model, device, plan),
             "cautions": cautions(config, model, device, plan)}
 
@@ -247,10 +267,10 @@ class Outline:
             for label, source in {self.open_label: open_source, **sources}.items()} if config.evaluate else {}
 
 
-def seconds(config: RunConfig, model: nn.Module, texts: Outline, speed: Speed, device: str) -> float:
+def seconds(config: RunConfig, model: nn.Module, texts: Outline, speed: Speed, device: str, plan: Plan = Plan()) -> float:
     """How long a run takes on a device that has nothing else to do, without downloads: its planned work at the measured speed."""
     prunable, total = count_weights(model)
-    passes = sum(planned.cost for planned in pipeline.planned_work(config, texts))
+    passes = sum(planned.cost for planned in pipeline.planned_work(config, texts, plan))
     masks, ranks = _files(config)
     handled = (ranks + masks / 2) * prunable / speed.sorted
     loading = START + total * precision(config, model, device).itemsize / LOADING

@@ -11,6 +11,7 @@ from dpruner.calibration import load_texts
 from dpruner.config import RunConfig
 from dpruner.hub import CATALOGUE
 from dpruner.loading import blank_model, pick_device
+from dpruner.memory import Plan
 from dpruner.model import count_weights
 from dpruner.plan import planned_work
 from dpruner.tasks import Item, Task, load_task
@@ -98,7 +99,7 @@ def _seconds(points: Sequence[Judged], model: nn.Module, speed: estimate.Speed, 
         pruning = estimate.seconds(config, model, texts, speed, device) - estimate.START * bool(known)   # the process starts once
         side = (config.general, config.nsamples, config.seqlen, config.seed)
         for stage in SHARED:
-            cost = sum(p.cost for p in planned_work(config, texts) if p.stage == stage)
+            cost = sum(p.cost for p in planned_work(config, texts, Plan()) if p.stage == stage)
             pruning -= token * cost * ((stage, *side) in known)
             known |= {(stage, *side)} if cost else set()
         pairs = len(config.methods) * len(config.domains)

@@ -115,7 +115,7 @@ class Job(NamedTuple):
 
 def execute(run: Run, config: RunConfig, prepared: Prepared, cache: Path, status: Status) -> None:
     """The method, from general importance to the tables of a run; what an earlier process has finished of it is taken as it is."""
-    status.plan = planned_work(config, prepared.texts)
+    status.plan = planned_work(config, prepared.texts, memory.plan())
     store.write_json(run.folder / "run.json", continued(run, record(config, prepared)))
     job = Job(run, config, prepared, status, Partial(run.folder, status.skip))
     if (run.folder / store.LAST).is_file():   # killed while it tidied up

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from dpruner.compensate import fisher_batches
 from dpruner.config import RunConfig
+from dpruner.memory import Plan
 from dpruner.texts import Texts
 from dpruner.variants import DENSE
 
@@ -33,11 +34,16 @@ class Planned(NamedTuple):
     piece: str
 
 
-def planned_work(config: RunConfig, texts: Texts) -> list[Planned]:
-    """Stages in the order they come, for the share done and the time left."""
+def planned_work(config: RunConfig, texts: Texts, memory: Plan) -> list[Planned]:
+    """Stages in the order they come, for the share done and the time left.
+
+    Args:
+        memory: how the run keeps to its memory: passes over the calibration, and blocks that are computed a second time for backward, take time.
+    """
     tokens = config.nsamples * config.seqlen
-    walk, gradients = 3 * tokens, 3 * tokens
-    fisher = gradients * len(fisher_batches(range(config.nsamples))) / config.nsamples
+    walk, backward = 3 * tokens, (4 if memory.checkpointing or memory.offload else 3) * tokens
+    gradients = backward * (1 if config.finetune else memory.passes)
+    fisher = memory.passes * backward * len(fisher_batches(range(config.nsamples))) / config.nsamples
     # overlapping windows pass two or three tokens for each new one, and a token is about four characters
     held = {label: sum(len(t) for t in documents) / 2 for label, documents in texts.heldout.items()}
     domain_pass = 2 * gradients * config.epochs if config.finetune else gradients

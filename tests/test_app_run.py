@@ -546,7 +546,7 @@ def test_too_little_memory_is_said_with_what_would_help(runs, monkeypatch):
     at = opened()
     assert not at.warning and f"It would take {size(needed)}: so weights, scores and masks of about" in words(at)
     monkeypatch.setattr(estimate, "available_memory", lambda device: 10**6)
-    assert "No setting changes that" in opened().warning[0].value
+    assert "no setting changes that" in opened().warning[0].value
     config = dataclasses.replace(config, seqlen=512)
     least = sum(estimate.peak_memory(config, model, "cpu", estimate.plan_of(config, model)).values())
     monkeypatch.setattr(estimate, "available_memory", lambda device: least - 10**6)

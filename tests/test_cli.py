@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file
 from test_model import BROKEN, broken, is_one_sentence
 
-from dpruner import RunConfig, cli, pipeline, store
+from dpruner import RunConfig, cli, estimate, pipeline, store
 from dpruner.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("one_thread", "elsewhere")
@@ -61,14 +61,18 @@ def test_json_is_the_summary_and_nothing_else(llama, capfd):
     assert err == "" and told["state"] == "done" and told["rows"][0]["method"] == "magnitude" and told["folder"] == f"runs/{told['id']}"
 
 
-def test_a_dry_run_tells_what_a_run_would_take_and_leaves_nothing(llama, elsewhere, capfd):
+def test_a_dry_run_tells_what_a_run_would_take_and_leaves_nothing(llama, elsewhere, capfd, monkeypatch):
     assert cli.main(prune("--dry-run", "--device", "cpu", model=llama)) == 0
     out, _ = capfd.readouterr()
     assert all(word in out for word in ("Before it starts, on cpu in float32", "memory of the device", "run folder", "free on the device now"))
     assert cli.main(prune("--dry-run", "--json", "--device", "cpu", "--memory", "1GB", model=llama)) == 0
     told = json.loads(capfd.readouterr().out)
-    assert told["memory"]["program"] > 10**8 and told["cautions"] == [] and told["plan"]["passes"] == 1
-    assert "does not fit into 1MB" in refusal(prune("--dry-run", "--device", "cpu", "--memory", "1MB", model=llama), capfd, elsewhere)
+    assert told["memory"]["program"] > 10**8 and told["cautions"] == [] and told["plan"]["outside"] is False
+    monkeypatch.setattr(estimate, "available_memory", lambda device: 10**8)
+    assert cli.main(prune("--dry-run", "--device", "cpu", model=llama)) == 0
+    assert "The run will probably not fit into memory: it takes about" in capfd.readouterr().out
+    for wrong, said in ((("--memory", "1MB"), "does not fit into 1MB"), (("--domain", "nosuch", "--no-evaluate"), "domain 'nosuch' is not known")):
+        assert said in refusal(prune("--dry-run", "--device", "cpu", *wrong, model=llama), capfd, elsewhere)
     assert not any(elsewhere.iterdir())
 
 

@@ -255,12 +255,12 @@ def test_blocks_visit_only_where_nothing_milder_helps():
 
 
 @pytest.mark.parametrize(("free", "said"), [(200, ""), (60, "GB of weights, scores and masks wait in files of the cache folder, and 60.0 GB of memory are free"),
-                                            (0.5, "will probably not fit into the memory of the host: it takes about 0.9 GB there and 0.5 GB are free")])
+                                            (0.5, "will probably not fit into the memory of the host: it takes about 904 MB there and 500 MB are free")])
 def test_what_waits_on_the_host_is_told_and_compared_with_what_is_free(free, said, monkeypatch):
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**SEVEN))
     config = RunConfig(seqlen=512, nsamples=128, dtype="bfloat16")
-    monkeypatch.setattr(estimate, "available_memory", lambda device: free * 10**9)
+    monkeypatch.setattr(estimate, "available_memory", lambda device: (free if device == "cpu" else 40) * 10**9)
     found = estimate.cautions(config, model, "cuda", SPARING)
     assert len(found) == bool(said) and all(said in sentence for sentence in found)
     assert estimate.placed(SPARING, config, model, "cuda").files == bool(said)
@@ -274,6 +274,8 @@ def test_files_that_the_disk_has_no_room_for_are_refused_before_anything_is_writ
     monkeypatch.setattr(estimate.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(InputError, match="The disk has no room for what the run keeps outside the device: .* another disk with --cache"):
         pipeline.run(config, runs=tmp_path / "runs", cache=tmp_path / "cache")
+    with pytest.raises(InputError, match="The disk has no room"):
+        estimate.told(config, tmp_path / "cache")
     assert not any(tmp_path.iterdir())
 
 
