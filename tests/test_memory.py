@@ -163,6 +163,14 @@ def test_a_model_of_several_times_its_memory_is_loaded_and_pruned(tmp_path):
     assert child.returncode == 0 and total > 5 * (peak - before), f"{(peak - before) / 1e6:.0f} MB for {total / 1e6:.0f} MB of weights, scores and masks"
 
 
+def test_all_that_may_live_outside_is_counted_under_its_name():
+    model, names = loading.blank_model("starter"), set()
+    for changes in ({"finetune": True}, {"methods": ("dpruner", "wanda"), "compensate": "after"}, {"compensate": "walk"}):
+        for parts in peak._stages(RunConfig(**changes), model, 4, SPARING, "cpu"):
+            names |= parts.keys()
+    assert set(peak.OUTSIDE) <= names
+
+
 def test_the_plan_changes_as_little_as_it_must():
     model, config = loading.blank_model("starter"), RunConfig(device="cpu", seqlen=1024, finetune=True)
     sizes = {plan: sum(estimate.peak_memory(config, model, "cpu", plan).values())
