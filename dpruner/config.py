@@ -10,13 +10,14 @@ from pathlib import Path
 from dpruner.calibration import domain_label
 from dpruner.compensate import ALLOTMENTS, HESSIANS
 from dpruner.errors import InputError
-from dpruner.formulas import FORMULAS
+from dpruner.formulas import FORMULAS, require_lam
 from dpruner.general import SPARSITY
 from dpruner.masks import parse_granularity, require_sparsity
 from dpruner.loading import DTYPES, STARTER
 from dpruner.memory import parse_size
 
 MOST = 1_000_000   # of anything that is counted
+KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", types.NoneType: "nothing"}   # in words
 METHODS = ("dpruner", "domain", "general", "magnitude", "wanda", "sparsegpt", "random")
 
 
@@ -83,7 +84,7 @@ class RunConfig:
                               "baseline_calibration": HESSIANS, "dtype": (None, *DTYPES)}.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} = {getattr(self, name)!r} is not known", "it has a few fixed values",
-                                 f"choose one of {', '.join(str(a) for a in allowed)}")
+                                 ("leave it out, or " if None in allowed else "") + f"choose one of {', '.join(filter(None, allowed))}")
         if self.revision and self.model == STARTER:
             raise InputError(f"The revision {self.revision!r} cannot be used", "the starter comes with this version of the program and has no other",
                              "leave it out, or name a model on the hub")
@@ -124,8 +125,8 @@ class RunConfig:
             raise InputError(f"seed = {self.seed} cannot be used", "random numbers start from a whole number below 2⁶³", "give a smaller number")
         if self.memory is not None:
             parse_size(self.memory)
-        if self.lam is not None and not 0 <= self.lam < float("inf"):
-            raise InputError(f"λ = {self.lam} cannot be used", "it weighs the general side and is 0 or more", "give a number such as 1")
+        if self.lam is not None:
+            require_lam(self.lam)
 
     @property
     def title(self) -> str:
@@ -155,15 +156,17 @@ def _check_type(name: str, value, annotation) -> None:
     options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     for option in options:
         if typing.get_origin(option) is tuple:
-            if isinstance(value, tuple) and all(isinstance(v, str) and v for v in value):
+            if isinstance(value, tuple) and all(isinstance(v, str) for v in value):
+                if "" in value:
+                    raise InputError(f"{name} = {value!r} cannot be used", "one of its names is empty", "name it, or take it out")
                 return
         elif isinstance(value, bool) or option is bool:
             if isinstance(value, bool) and option is bool:
                 return
         elif isinstance(value, (int, float) if option is float else option):
             return
-    expected = " or ".join({"NoneType": "nothing"}.get(getattr(o, "__name__", ""), getattr(o, "__name__", str(o))) for o in options)
-    raise InputError(f"{name} = {value!r} cannot be used", f"it takes {expected.replace('tuple', 'a list of names')}", "correct its value")
+    expected = " or ".join(KINDS.get(option, "a list of names") for option in options) + " from 0 to 1" * name.endswith("sparsity")
+    raise InputError(f"{name} = {value!r} cannot be used", f"it takes {expected}", "correct its value")
 
 
 def _check_text(name: str, value) -> None:

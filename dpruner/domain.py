@@ -12,7 +12,7 @@ from torch import nn
 
 from dpruner import distributed, memory, offload
 from dpruner.errors import InputError
-from dpruner.formulas import DEFAULT_LAM, FORMULAS, Fisher, balanced, relative_
+from dpruner.formulas import DEFAULT_LAM, FORMULAS, Fisher, balanced, relative_, require_lam
 from dpruner.masks import Scores, precise
 from dpruner.model import prunable_linears, require_batches, transposed_names
 from dpruner.partial import NOTHING, Checkpoint
@@ -255,8 +255,7 @@ def domain_importance(model: nn.Module, batches: list[torch.Tensor], G: Mapping[
     if formula not in FORMULAS:
         raise InputError(f"The formula {formula!r} is not known", "a score is computed by one of three", f"choose one of {', '.join(FORMULAS)}")
     lam = DEFAULT_LAM[formula] if lam is None else lam
-    if not 0 <= lam < float("inf"):
-        raise InputError(f"λ = {lam} cannot be used", "it weighs the general side and is 0 or more", "give a number such as 1")
+    require_lam(lam)
     linears = prunable_linears(model)
     if set(G) != set(linears) or any(G[n].shape != m.weight.shape for n, m in linears.items()):
         raise InputError("The general importance does not fit the model", "its names or shapes are those of other weights",

@@ -243,18 +243,26 @@ def json_rows(file: Path) -> Iterator[dict | str]:
 
 def _json_values(file: Path) -> Iterator:
     """The value of every line, or the one value over many lines."""
+    at = 1
     try:
         with _opened(file) as stream:
-            lines = (line for line in stream if line.strip())
-            first = next(lines, b"[]")
+            lines = ((number, line) for number, line in enumerate(stream, 1) if line.strip())
+            at, first = next(lines, (1, b"[]"))
             try:
                 value = json.loads(first)
             except ValueError:
-                value = json.loads(first + b"".join(lines))
+                value = json.loads((first + b"".join(stream)).rstrip())
             yield value
-            yield from map(json.loads, lines)
+            for at, line in lines:
+                yield json.loads(line.rstrip())   # what is cut off ends on its own line
+    except json.JSONDecodeError as error:   # which counts lines from where it began to read
+        raise _no_json(file, f"{error.msg}: line {at + error.lineno - 1} column {error.colno}") from error
     except (ValueError, RecursionError) as error:
-        raise _unreadable(file, f"it is not a well-formed json file ({reason(error)})", "mend it, or export it again") from error
+        raise _no_json(file, f"{reason(error)}: line {at}") from error
+
+
+def _no_json(file: Path, why: str) -> InputError:
+    return _unreadable(file, f"it is not a well-formed json file ({why})", "mend it, or export it again")
 
 
 def rows(file: Path) -> list[dict]:

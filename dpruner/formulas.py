@@ -5,11 +5,23 @@ from collections.abc import Mapping
 import torch
 
 from dpruner import memory
+from dpruner.errors import InputError
 from dpruner.masks import Scores, precise, precision
 
 RELEASE_SCALE = 2.0**16   # fp16 loss scale that the authors' code leaves on its gradients
 RELEASE_COUNT = 1000      # constant by which it divides g²
 DEFAULT_LAM = {"balanced": 1.0, "taylor": 1.0, "release": 0.1}
+MOST_LAM = 1e12           # the lesson shows up to 10¹¹, at which taylor and release begin to feel it; with much more float32 overflows
+
+
+def require_lam(lam: float) -> None:
+    """Refuse a λ that no formula can be computed with.
+
+    Raises:
+        InputError: it is not a number from 0 to 10¹².
+    """
+    if not 0 <= lam <= MOST_LAM:
+        raise InputError(f"λ = {lam} cannot be used", f"it weighs the general side, from 0 to {MOST_LAM:g}", "give a number such as 1")
 
 
 class Fisher:

@@ -57,12 +57,16 @@ def parse_size(words: str) -> int:
     """Bytes of "16GB", "512 MiB" or "1.5g".
 
     Raises:
-        InputError: it is no size.
+        InputError: it is no size, or none at all.
     """
     found = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,6})?)\s*([KMGT]?I?)B?\s*", words.upper(), re.ASCII)
-    if found is None or found[2] not in UNITS or float(found[1]) == 0:
-        raise InputError(f"The memory {words!r} is not known", "it is an amount such as 16GB, 512MB or 7.5GiB", "give one of this kind")
-    return int(Fraction(found[1]) * UNITS[found[2]])
+    usual = "it is an amount such as 16GB, 512MB or 7.5GiB"
+    if found is None or found[2] not in UNITS:
+        raise InputError(f"The memory {words!r} is not known", usual, "give one of this kind")
+    size = int(Fraction(found[1]) * UNITS[found[2]])
+    if not size:
+        raise InputError(f"The memory {words!r} is too small", usual, "give more than 0")
+    return size
 
 
 @contextlib.contextmanager

@@ -201,7 +201,11 @@ def test_column(tmp_path):
         ("rows.parquet.gz", "text", "extension is not supported"),
         ("bad.csv", "text,n\na,1\nb,2,3,4\n", "Expected 2 fields in line 3, saw 4"),
         ("header.csv", "text\n", "has no rows"),
-        ("bad.jsonl", '{"text": "a"}\n{"text": \n', "well-formed json"),
+        ("bad.jsonl", '{"text": "a"}\n{"text": \n', "not a well-formed json file (Expecting value: line 2 column 9)"),
+        ("gaps.jsonl.gz", '\n{"text": "a"}\n\n{"text": b}\n{"text": "c"}\n', "(Expecting value: line 4 column 10)"),
+        ("first.jsonl", '\n\n{"text": "a"\n{"text": "b"}\n', "line 4 column 1)"),
+        ("list.json", '\n[\n\n{"text": "a"},\n{"text": b}]\n', "(Expecting value: line 5 column 10)"),
+        ("deep.jsonl", '{"text": "a"}\n' + "[" * 99_999, "maximum recursion depth exceeded while decoding a JSON array from a unicode string: line 2)"),
         ("bad.parquet", "nonsense", "well-formed parquet"),
     ],
 )

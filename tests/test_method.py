@@ -302,7 +302,7 @@ def test_transposed_weights_are_known_by_their_scores():
 
 
 @pytest.mark.parametrize(("change", "said"), [
-    ({"formula": "newton"}, "formula"), ({"lam": -1.0}, "λ"), ({"lam": float("nan")}, "λ"), ({"G": {}}, "does not fit"), ({"batches": []}, "empty"),
+    ({"formula": "newton"}, "formula"), ({"lam": -1.0}, "λ"), ({"lam": float("nan")}, "λ"), ({"lam": 1e13}, "λ"), ({"G": {}}, "does not fit"), ({"batches": []}, "empty"),
     ({"batches": [torch.zeros(1, 200, dtype=torch.long)]}, "at most 128")])
 def test_bad_input_to_a_domain_pass_is_one_sentence(llama, change, said):
     arguments = {"batches": DOMAIN, "G": general_importance(llama.model, GENERAL, mode="static"), **change}
