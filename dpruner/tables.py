@@ -7,6 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from dpruner.units import duration, size
 from dpruner.variants import DENSE, label
 
 
@@ -15,19 +16,19 @@ def show_run(result: dict, console: Console) -> None:
     def figure(e):
         return f"{e['value']:.1f} [dim]{e['low']:.0f}–{e['high']:.0f}[/]" if e else "–"
 
-    table = Table(box=box.SIMPLE_HEAD, title=f"Run {result['id']}", caption="Perplexity on held-out text with its 95 % interval: lower is better.\n"
-                  "Removed: share of the prunable weights, and of the whole model.")
-    for name, side in (("domain", "left"), ("method", "left"), ("its domain", "right"), ("open domain", "right"), ("removed", "right")):
+    judged = ("its domain", "open domain") if result["dense"] else ()
+    legend = ["Perplexity on held-out text with its 95 % interval: lower is better."] if judged else []
+    table = Table(box=box.SIMPLE_HEAD, title=f"Run {result['id']}",
+                  caption="\n".join([*legend, "Removed: share of the prunable weights, and of the whole model."]))
+    for name, side in (("domain", "left"), ("method", "left"), *((text, "right") for text in judged), ("removed", "right")):
         table.add_column(name, no_wrap=True, justify=side)
-    for domain, texts in result["dense"].items():
-        _add_run_row(table, figure, {"domain": domain, "method": DENSE, "perplexity": texts})
-        for row in result["rows"]:
-            if row["domain"] == domain:
-                _add_run_row(table, figure, row)
+    for domain in dict.fromkeys(row["domain"] for row in result["rows"]):
+        dense = [{"domain": domain, "method": DENSE, "perplexity": result["dense"][domain]}] if judged else []
+        for row in (*dense, *(row for row in result["rows"] if row["domain"] == domain)):
+            texts = (*row["perplexity"].values(), None, None)[:len(judged)]
+            shares = [f"{row[k]:.1%}" for k in ("sparsity of prunable weights", "sparsity of the whole model") if k in row]   # of these, then of all
+            table.add_row(domain, row["method"], *map(figure, texts), " / ".join(shares) or "–")
         table.add_section()
-    if not result["dense"]:
-        for row in result["rows"]:
-            _add_run_row(table, figure, row)
     console.print(table)
     if result["similarity"]:
         show_similarity(result["similarity"], console)
@@ -38,26 +39,21 @@ def show_run(result: dict, console: Console) -> None:
 
 def show_estimate(told: dict, console: Console) -> None:
     """What a run would take, as `estimate.told` tells it."""
-    table = Table(box=box.SIMPLE_HEAD, title=f"Before it starts, on {told['device']} in {told['precision']}")
+    table = Table(box=box.SIMPLE_HEAD, title=f"Before it starts, on {told['device']} in {told['precision']}",
+                  caption="The time is that of a device that has nothing else to do, without downloads.")
     for name, side in (("what", "left"), ("about", "right"), ("most of it for", "left")):
         table.add_column(name, justify=side)
-    table.add_row("time", f"{told['seconds'] / 60:.1f} min", "")
+    table.add_row("time", duration(told["seconds"]), "")
     waiting = "files of the cache folder" if told["plan"]["files"] else "memory of the host for what waits"
     for what, key in (("memory of the device", "memory"), (waiting, "outside"), ("memory of the host", "host")):
         if parts := told[key]:
             most = max(parts, key=parts.get)
-            table.add_row(what, f"{sum(parts.values()) / 1e9:.2f} GB", f"{most} ({parts[most] / 1e9:.2f} GB)")
-    table.add_row("run folder", f"{told['disk'] / 1e9:.2f} GB", "")
+            table.add_row(what, size(sum(parts.values())), f"{most} ({size(parts[most])})")
+    table.add_row("run folder", size(told["disk"]), "")
     console.print(table)
-    console.print(f"{told['free'] / 1e9:.2f} GB of memory are free on the device now.")
+    console.print(f"{size(told['free'])} of memory are free on the device now.")
     for caution in told["cautions"]:
         console.print(caution, soft_wrap=True)
-
-
-def _add_run_row(table: Table, figure, row: dict) -> None:
-    texts = list(row["perplexity"].values()) + [None, None]
-    shares = [f"{row[k]:.1%}" for k in ("sparsity of prunable weights", "sparsity of the whole model") if k in row]   # of these, then of all
-    table.add_row(row["domain"], row["method"], figure(texts[0]), figure(texts[1]), " / ".join(shares) or "–")
 
 
 def show_similarity(similarity: list[dict], console: Console) -> None:
