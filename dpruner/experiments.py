@@ -155,11 +155,13 @@ def prepared(name: str, config: RunConfig, *, root: str | Path = "experiments", 
     """
     question = asked(name, config, **how)
     experiment = place(question, root)
-    if (experiment.folder / "experiment.json").is_file():
+    path = experiment.folder / "experiment.json"
+    if path.is_file():
         experiment.require_same_files()
+        kept = experiment.record
     else:
-        store.write_json(experiment.folder / "experiment.json", {**question, "files": _fingerprints(config, question["tasks"] or ()),
-                                                                 "created": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+        kept = {"files": _fingerprints(config, question["tasks"] or ()), "created": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    store.write_json(path, {**kept, **question})   # also where it goes on: its limit of memory may be another
     return experiment
 
 

@@ -4,6 +4,7 @@ The process outlives whoever asked for it. All that is known of a job lies in it
 """
 
 import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
@@ -19,7 +20,9 @@ from dpruner import store, turns
 from dpruner.config import RunConfig, split_domain
 from dpruner.errors import InputError
 from dpruner.loading import pick_device
+from dpruner.memory import available_memory, parse_size
 from dpruner.store import Run
+from dpruner.units import size
 
 if TYPE_CHECKING:   # it imports everything, which a starting page need not wait for
     from dpruner.experiments import Experiment
@@ -68,18 +71,26 @@ def submit_experiment(experiment: "Experiment", cache: str | Path = "cache") -> 
     start(experiment, ["dpruner.worker", str(experiment.folder), str(cache)], config.device)
 
 
-def resume(run: Run, cache: str | Path = "cache") -> None:
+def resume(run: Run, cache: str | Path = "cache", memory: str | None = None) -> None:
     """Put a run that failed, was cancelled or has lost files into the queue again: it goes on from what it has.
 
+    Args:
+        memory: a new limit for it, which changes no bit; default the one it has.
+
     Raises:
-        InputError: it is done, still going, damaged, or its settings do not work here any more.
+        InputError: it is done, still going, damaged, or its settings do not work here any more; or the limit cannot be kept.
     """
-    config = to_go_on(run)
+    config = to_go_on(run, memory)
+    if memory is not None:
+        store.write_json(run.folder / "run.json", {**run.record, "config": config.to_dict()})
     start(run, ["dpruner.worker", str(run.folder), str(cache)], config.device)
 
 
-def to_go_on(run: Run) -> RunConfig:
+def to_go_on(run: Run, memory: str | None = None) -> RunConfig:
     """The settings of a run that failed or was cancelled, or whose files are damaged: then it is one that has not ended from now on.
+
+    Args:
+        memory: as `resume` takes it.
 
     Raises:
         InputError: as `resume`.
@@ -91,8 +102,13 @@ def to_go_on(run: Run) -> RunConfig:
                          "choose one that failed, was cancelled or has lost files")
     run.require_own_files()
     config = RunConfig.from_dict(run.config)
+    if memory is not None:
+        config = dataclasses.replace(config, memory=memory)
     config.check()
     pick_device(config.device)
+    if memory is not None:
+        from dpruner import estimate   # it imports everything
+        estimate.plan_of(config)
     if lost:
         (run.folder / store.LAST).unlink(missing_ok=True)
     return config
@@ -140,7 +156,7 @@ def state(run: Run) -> dict:
     if status["state"] in ("queued", "running") and not _alive(status):
         status = run.status   # it may have ended between the two looks
         if status["state"] in ("queued", "running"):
-            status = {**status, "state": "failed", "error": died(_exit_code(status.get("pid")))}
+            status = {**status, "state": "failed", "error": died(run, _exit_code(status.get("pid")))}
             with contextlib.suppress(OSError):
                 store.write_json(run.folder / "status.json", status)
     for child in list(_children.values()):
@@ -154,8 +170,8 @@ def _exit_code(pid: int | None) -> int | None:
         return _children[pid].wait(1) if pid in _children else None
 
 
-def died(code: int | None = None) -> dict:
-    """What is said of a run whose process ended without a word.
+def died(run: Run, code: int | None = None) -> dict:
+    """What is said of a run or an experiment whose process ended without a word.
 
     Args:
         code: its exit code, where it is known; negative for a signal.
@@ -163,7 +179,20 @@ def died(code: int | None = None) -> dict:
     how = {None: "its process ended without a word, killed or out of memory or with the whole machine",
            -signal.SIGKILL: "its process was killed, by the system if memory ran out"}
     return {"what": "The run stopped in the middle", "why": how.get(code, f"its process ended with code {code}"),
-            "what to do": "resume it: what it has is kept; if it ends so once more, with a limit such as --memory 8GB"}
+            "what to do": "resume it: what it has is kept" + _sparingly(run)}
+
+
+def _sparingly(run: Run) -> str:
+    """How to resume with a limit that is tighter than before: a run without one keeps to what is free."""
+    try:
+        config = RunConfig.from_dict(run.config)
+        config.check()
+        most = parse_size(config.memory) if config.memory else available_memory(str(pick_device(config.device)))
+    except (InputError, RuntimeError):   # its settings are damaged or those of another machine, or its device is
+        return ""
+    limit = f"--memory {size(0.75 * most).replace('.0', '').replace(' ', '')}"
+    how = f"the same command with {limit}" if is_experiment(run.folder) else f"`python -m dpruner resume {run.id} {limit}`"
+    return f"; if it ends so once more, with a limit on its memory: {how}"
 
 
 def _alive(status: dict) -> bool:
@@ -202,10 +231,15 @@ def waits(run: Run) -> Callable[[int], None]:
     return waiting
 
 
+def is_experiment(folder: Path) -> bool:
+    """Whether a folder is one of an experiment, not of a run."""
+    return (folder / "experiment.json").is_file()
+
+
 def work(folder: Path, cache: Path) -> None:
     """The job's own process: wait for the device, then run."""
     from dpruner import experiments, pipeline   # after the status tells that the job lives
-    if (folder / "experiment.json").is_file():
+    if is_experiment(folder):
         experiment = experiments.Experiment(folder)
         experiments.conduct(experiment, cache=cache, waiting=waits(experiment))
         return

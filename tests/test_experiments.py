@@ -132,10 +132,12 @@ def test_seeds_are_judged_one_by_one_and_by_their_mean_loss(config, folder):
 
 def test_what_is_done_is_not_done_again(done, config, folder, monkeypatch):
     experiment, table = done
+    before = experiment.record
+    bounded = prepared("sparsity", dataclasses.replace(config, memory="4GB"), values=[0.3, 0.6], root=folder / "e")   # the same bits, from now on within 4 GB
+    assert bounded.folder == experiment.folder and bounded.record == {**before, "config": {**before["config"], "memory": "4GB"}}
     again = prepared("sparsity", config, values=["0.3", "0.6"], root=folder / "e")
     assert again.folder == experiment.folder and prepared("sparsity", config, values=[0.3], root=folder / "e").folder != experiment.folder
-    bounded = prepared("sparsity", dataclasses.replace(config, memory="4GB"), values=[0.3, 0.6], root=folder / "e")   # the same bits
-    assert bounded.folder == experiment.folder
+    assert again.record == before
     monkeypatch.setattr(pipeline, "run", None)
     monkeypatch.setattr(evaluations, "evaluate", None)
     pd.testing.assert_frame_equal(conduct(again, cache=folder / "cache"), table)

@@ -10,7 +10,8 @@ import psutil
 import pytest
 import torch
 
-from dpruner import InputError, RunConfig, experiments, store, turns, worker
+from dpruner import InputError, RunConfig, cli, experiments, store, turns, worker
+from dpruner.memory import parse_size
 from dpruner.store import Run
 
 BRIEF = {"domains": ("legal",), "nsamples": 4, "seqlen": 16, "evaluate": False, "halves": False, "general_mode": "static", "device": "cpu"}
@@ -104,8 +105,8 @@ def test_a_killed_run_has_failed_and_says_so_from_then_on(llama, runs, tmp_path)
     pid = wait_for(lambda: (s := worker.state(run))["state"] == "running" and s["pid"])
     os.kill(pid, signal.SIGKILL)
     status = wait_for(lambda: (s := worker.state(run))["state"] == "failed" and s, 10)
-    assert sentence(status) == ("The run stopped in the middle: its process was killed, by the system if memory ran out; resume it: what it has "
-                                "is kept; if it ends so once more, with a limit such as --memory 8GB.")
+    assert sentence(status).startswith("The run stopped in the middle: its process was killed, by the system if memory ran out; resume it: what it has "
+                                       f"is kept; if it ends so once more, with a limit on its memory: `python -m dpruner resume {run.id} --memory ")
     assert run.status["state"] == "failed"   # written down, for readers that do not ask for the process
     with turns.turn(torch.device("cpu"), lambda ahead: pytest.fail("the device is not free")):
         pass
@@ -116,8 +117,28 @@ def test_a_process_id_that_was_given_out_again_is_no_sign_of_life(tmp_path):
     alive = written(tmp_path / "alive", state="running", pid=os.getpid(), pid_born=born)
     assert worker.state(alive)["state"] == "running"
     other = written(tmp_path / "other", state="running", pid=os.getpid(), pid_born=born - 1000)
-    assert worker.state(other)["error"] == worker.died()
+    assert sentence(worker.state(other)).startswith("The run stopped in the middle: its process ended without a word")
     assert worker.state(alive)["state"] == "running"
+
+
+@pytest.mark.parametrize(("limit", "advised"), [("8GB", "6 GB"), ("1GiB", "805 MB"), (None, "9.2 GB")])
+def test_a_run_that_died_is_advised_a_limit_below_the_one_it_had_or_what_is_free(limit, advised, tmp_path, monkeypatch):
+    monkeypatch.setattr(worker, "available_memory", lambda device: 12_300_000_000)
+    run = written(tmp_path / "run")
+    store.write_json(run.folder / "run.json", {"config": RunConfig(device="cpu", memory=limit).to_dict()})
+    option = f"--memory {advised.replace(' ', '')}"
+    assert worker.died(run)["what to do"].endswith(f": `python -m dpruner resume run {option}`")
+    args = cli.parser().parse_args(["resume", "run", *option.split()])   # which can be followed
+    assert parse_size(args.memory) < parse_size(limit or "12.3GB")
+    store.write_json(run.folder / "experiment.json", {"name": "formulas", "config": run.config})
+    assert worker.died(experiments.Experiment(run.folder))["what to do"].endswith(f": the same command with {option}")
+
+
+@pytest.mark.parametrize("config", [{"memory": 8}, {"memory": "much"}, {"device": "abacus"}, {"nonsense": 1}, "nonsense"])
+def test_a_run_that_died_with_damaged_settings_is_still_told_of(config, tmp_path):
+    run = written(tmp_path / "run", state="running", pid=2**22, pid_born=0.0)
+    store.write_json(run.folder / "run.json", {"config": config})
+    assert worker.state(run)["error"]["what to do"] == "resume it: what it has is kept"
 
 
 def test_a_process_that_ended_is_no_sign_of_life_even_before_it_is_reaped(tmp_path):
@@ -153,9 +174,13 @@ def test_tickets_of_the_dead_and_files_of_others_are_not_waited_for(tmp_path, mo
 def test_a_cancelled_run_goes_on_and_a_finished_one_does_not(llama, runs, tmp_path):
     run = written(runs / "run", state="cancelled", pid=os.getpid())
     store.write_json(run.folder / "run.json", {"config": RunConfig(model=str(llama), **BRIEF).to_dict()})
-    worker.resume(run, tmp_path / "cache")
+    before = {path: path.read_bytes() for path in run.folder.iterdir()}
+    with pytest.raises(InputError, match="does not fit into 1MB of memory"):
+        worker.resume(run, tmp_path / "cache", memory="1MB")
+    assert before == {path: path.read_bytes() for path in run.folder.iterdir()}
+    worker.resume(run, tmp_path / "cache", memory="2GB")
     wait_for(lambda: worker.state(run)["state"] == "done")
-    assert run.pairs() == [("dpruner", "legal")]
+    assert run.pairs() == [("dpruner", "legal")] and run.config["memory"] == "2GB"
     with pytest.raises(InputError, match="cannot go on: it is done and whole; choose one that failed, was cancelled"):
         worker.resume(run, tmp_path / "cache")
 
