@@ -6,7 +6,9 @@ The exit code is 0, 1 (failed: one line says why and what to do) or 2 (bad argum
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
+import shlex
 import sys
 import typing
 from collections.abc import Callable
@@ -15,12 +17,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from dpruner.config import RunConfig
-from dpruner.errors import InputError
+from dpruner.config import KINDS, RunConfig
+from dpruner.errors import InputError, shortened
 
 REPEATED = {"domains": "domain", "methods": "method"}   # settings that take several values, named once for each on the command line
 EXPERIMENTS = ("sparsity", "goal", "seeds", "walk", "lambda", "formulas", "granularities", "calibration", "text", "transfer", "finetune")
 UNITS = {"general importance": "block", "compensation": "block", "sparsegpt": "block", "wanda": "block", "evaluation": "batch of windows"}
+AGAIN = "what it has finished is kept; the same command goes on from there"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,8 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     except InputError as error:
         print(error, file=sys.stderr)
-    except KeyboardInterrupt:
-        print("Stopped: you pressed ctrl-C; nothing half-written is left, start it again when you like.", file=sys.stderr)
+    except KeyboardInterrupt as stopped:   # by ctrl-C, or in the browser
+        print(f"Stopped: {str(stopped) or 'nothing half-written is left; start it again when you like'}.", file=sys.stderr)
     except BrokenPipeError:
         sys.stderr.close()   # the reader of a pipe went away: nobody is left to tell
     except Exception as error:
@@ -42,16 +45,43 @@ def main(arguments: list[str] | None = None) -> int:
     return 1
 
 
-def parser() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A parser that refuses in one sentence: the usage of `prune` alone is longer than a screen."""
+
+    def __init__(self, **how):
+        super().__init__(**how)
+        for kind in (int, float):
+            self.register("type", kind, functools.partial(_number, kind))
+
+    def parse_known_args(self, args=None, namespace=None):
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:   # said here, by the command that does not know them
+            self.error(f"not known: {' '.join(unknown)}")
+        return found, unknown
+
+    def error(self, message: str):
+        message = message.replace("expected one argument", "it takes a value, and none that begins like an option")
+        self.exit(2, f"The command cannot be followed: {shortened(message)}; see {self.prog} --help.\n")
+
+
+def _number(kind: type, word: str):
+    """A number of an option."""
+    try:
+        return kind(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"it takes {KINDS[kind]}, not {word!r}") from None
+
+
+def parser() -> Parser:
     """All commands and their options."""
-    top = argparse.ArgumentParser(prog="python -m dpruner", description="Domain-specific pruning of language models.")
+    top = Parser(prog="python -m dpruner", description="Domain-specific pruning of language models.")
     commands = top.add_subparsers(required=True, metavar="command")
-    common = argparse.ArgumentParser(add_help=False)
+    common = Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print the result as JSON")
     common.add_argument("--runs", default="runs", metavar="FOLDER", help="folder of the run folders (default: runs)")
     common.add_argument("--traceback", action="store_true", help="show where an unexpected failure came from")
 
-    chosen = argparse.ArgumentParser(add_help=False)
+    chosen = Parser(add_help=False)
     chosen.add_argument("run", help="id of a run, the start of it, a folder, or 'last'")
     chosen.add_argument("--method", action="append", metavar="NAME", help="method of the run (default: all)")
     chosen.add_argument("--domain", action="append", metavar="NAME", help="domain of the run (default: all)")
@@ -67,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
     resume = commands.add_parser("resume", parents=[common], help="let a run that failed or was stopped go on from what it has")
     resume.add_argument("run", help="id of a run, the start of it, a folder, or 'last'")
     resume.add_argument("--cache", default="cache", metavar="FOLDER", help="folder of what runs share (default: cache)")
+    resume.add_argument("--memory", metavar="VALUE", help="most to use on the device from now on; changes no result (default: as before)")
     resume.set_defaults(command=command_resume)
 
     runs = commands.add_parser("runs", parents=[common], help="list the runs, or show one")
@@ -166,7 +197,7 @@ def _finished(config: RunConfig, args: argparse.Namespace, **where):
         if not distributed.several():
             for caution in estimate.cautions_of(config):
                 print(caution, file=sys.stderr)
-        with _watching() as watch:
+        with _stopped(lambda: _way_on(**where)), _watching() as watch:
             return pipeline.run(config, cache=args.cache, watch=watch, **where)
 
     return _together(config, work)
@@ -181,6 +212,26 @@ def _together(config: RunConfig, work: Callable):
         return distributed.follow(lambda: loading.load_model(config.model, revision=config.revision, device=config.device, dtype=config.dtype)[0])
 
 
+def _way_on(runs: str | Path | None = None, folder: Path | None = None) -> str:
+    """What becomes of a run of this process that was stopped; nothing where it has no folder yet.
+
+    Args:
+        runs, folder: as `pipeline.run` takes them.
+    """
+    from dpruner import store, turns
+    mine = [folder] if folder else [run.folder for run in store.find_runs(runs) if turns.identity().items() <= _status(run).items()]
+    return f"what it has finished is kept; `python -m dpruner resume {shlex.quote(str(mine[0]))}` goes on from there" if mine else ""
+
+
+@contextlib.contextmanager
+def _stopped(told: Callable[[], str]):
+    """While open, what is stopped says how it goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(told()) from None
+
+
 def _show(run, args: argparse.Namespace) -> None:
     """The table of a finished run."""
     from dpruner import report, tables
@@ -192,7 +243,7 @@ def command_resume(args: argparse.Namespace) -> None:
     """`resume`: the rest of a run, then its table."""
     from dpruner import store, worker
     run = store.open_run(args.run, args.runs)
-    if _finished(worker.to_go_on(run), args, folder=run.folder) is not None:
+    if _finished(worker.to_go_on(run, args.memory), args, folder=run.folder) is not None:
         _show(run, args)
 
 
@@ -269,7 +320,7 @@ def command_evaluate(args: argparse.Namespace) -> None:
     from dpruner import evaluations, store, tables
     from dpruner.loading import quiet_libraries
     run = store.open_run(args.run, args.runs)
-    with quiet_libraries(), _counting() as progress:
+    with quiet_libraries(), _stopped(lambda: AGAIN), _counting() as progress:
         table = evaluations.evaluate(run, args.task, args.method, args.domain, against=args.against, limit=args.limit, seed=args.seed,
                                      device=args.device, progress=progress)
     if args.json:
@@ -331,7 +382,7 @@ def command_experiment(args: argparse.Namespace) -> None:
         ahead = experiments.foreseen(experiment.record, experiment).words
         if ahead:
             print(f"{experiment.id}: {ahead}", file=sys.stderr)
-    with quiet_libraries(), _watching() as watch:
+    with quiet_libraries(), _stopped(lambda: AGAIN), _watching() as watch:
         table = experiments.conduct(experiment, cache=args.cache, watch=watch)
     if args.json:
         found = table.astype(object).where(table.notna(), None).to_dict("records")   # JSON knows no NaN

@@ -1,13 +1,14 @@
 """The command line: what it prints and leaves, its exit codes, and one clear sentence for everything that cannot work."""
 
 import json
+import re
 import shutil
 
 import pytest
 from safetensors.torch import load_file
 from test_model import BROKEN, broken, is_one_sentence
 
-from dpruner import RunConfig, cli, estimate, pipeline, store
+from dpruner import RunConfig, cli, estimate, experiments, pipeline, store
 from dpruner.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("one_thread", "elsewhere")
@@ -54,6 +55,13 @@ def test_prune_prints_a_table_and_writes_to_runs_and_cache_where_it_was_typed(ll
         assert word in out, word
 
 
+def test_a_run_that_was_not_evaluated_has_no_perplexities_in_its_table(llama, capfd):
+    assert cli.main(prune("--method", "magnitude", "--method", "random", model=llama)) == 0
+    out = capfd.readouterr().out
+    assert "magnitude   50.0% / 44.5%" in out and "random" in out and "Removed: " in out
+    assert not any(word in out for word in ("erplexity", "its domain", "open domain", "dense", "–"))
+
+
 def test_json_is_the_summary_and_nothing_else(llama, capfd):
     assert cli.main(prune("--json", "--method", "magnitude", model=llama)) == 0
     out, err = capfd.readouterr()
@@ -64,7 +72,8 @@ def test_json_is_the_summary_and_nothing_else(llama, capfd):
 def test_a_dry_run_tells_what_a_run_would_take_and_leaves_nothing(llama, elsewhere, capfd, monkeypatch):
     assert cli.main(prune("--dry-run", "--device", "cpu", model=llama)) == 0
     out, _ = capfd.readouterr()
-    assert all(word in out for word in ("Before it starts, on cpu in float32", "memory of the device", "run folder", "free on the device now"))
+    assert all(word in out for word in ("Before it starts, on cpu in float32", "memory of the device", "run folder", "free on the device now",
+                                        "nothing else")) and re.search(r"time +\d+ s .*\n.*memory of the device +\d+ MB +program \(\d+ MB\)", out), out
     assert cli.main(prune("--dry-run", "--json", "--device", "cpu", "--memory", "1GB", model=llama)) == 0
     told = json.loads(capfd.readouterr().out)
     assert told["memory"]["program"] > 10**8 and told["cautions"] == [] and told["plan"]["outside"] is False
@@ -234,10 +243,10 @@ BAD = {   # options, and a word of the refusal
     "unknown formula": (["--formula", "simple"], "'simple'"),
     "unknown granularity": (["--granularity", "column"], "'column'"),
     "impossible granularity": (["--granularity", "4:2"], "'4:2'"),
-    "unknown compensation": (["--compensate", "before"], "'before'"),
+    "unknown compensation": (["--compensate", "before"], "; leave it out, or choose one of after, walk."),
     "unknown hessian": (["--hessian", "none"], "'none'"),
     "unknown mode": (["--general-mode", "fast"], "'fast'"),
-    "unknown precision": (["--dtype", "int4"], "'int4'"),
+    "unknown precision": (["--dtype", "int4"], "dtype = 'int4' is not known: it has a few fixed values; leave it out, or choose one of float32, b"),
     "unknown share": (["--sparsity-of", "everything"], "'everything'"),
     "more than everything": (["--sparsity", "1.5"], "1.5"),
     "less than nothing": (["--sparsity", "-0.1"], "-0.1"),
@@ -251,6 +260,12 @@ BAD = {   # options, and a word of the refusal
     "sparsegpt with n:m": (["--granularity", "2:4", "--method", "sparsegpt"], "sparsegpt"),
     "negative lambda": (["--lam", "-1"], "λ = -1.0"),
     "lambda that is no number": (["--lam", "nan"], "λ = nan"),
+    "lambda that overflows": (["--lam", "1e308"], "λ = 1e+308 cannot be used: it weighs the general side, from 0 to 1e+12"),
+    "no memory": (["--memory", "0"], "The memory '0' is too small"),
+    "less than a byte of memory": (["--memory", "0.5"], "The memory '0.5' is too small"),
+    "less than no memory": (["--memory=-1GB"], "The memory '-1GB' is not known"),
+    "a domain without a name": (["--domain", ""], "domains = ('',) cannot be used: one of its names is empty"),
+    "a name without end": (["--domain", "x" * 5000], f"The domain '{'x' * 288} … {'x' * 83}' is not known"),
     "no samples": (["--nsamples", "0"], "nsamples = 0"),
     "one token": (["--seqlen", "1"], "seqlen = 1"),
     "beyond the model's maximum": (["--seqlen", "129"], "set seqlen to 128 or less"),
@@ -285,13 +300,13 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(what, llama, elsewhere, ca
 
 @pytest.mark.parametrize("settings, word", [
     ({"nsamples": "many"}, "nsamples = 'many'"), ({"nsamples": 4.5}, "nsamples = 4.5"), ({"nsamples": True}, "nsamples = True"),
-    ({"nsamples": None}, "nsamples = None"), ({"sparsity": "half"}, "sparsity = 'half'"), ({"sparsity": None}, "sparsity = None"),
+    ({"nsamples": None}, "it takes a whole number;"), ({"sparsity": "half"}, "sparsity = 'half' cannot be used: it takes a number from 0 to 1;"), ({"sparsity": None}, "sparsity = None"),
     ({"domains": 5}, "domains = 5"), ({"domains": None}, "domains = None"), ({"domains": {"legal": 1}}, "domains"),
     ({"domains": ["legal", 3]}, "domains"),
-    ({"domains": []}, "domain"), ({"domains": [""]}, "domains"), ({"methods": []}, "method"), ({"methods": [["random"]]}, "methods"),
-    ({"finetune": "yes"}, "finetune = 'yes'"), ({"finetune": 1}, "finetune = 1"), ({"model": 7}, "model = 7"),
+    ({"domains": []}, "domain"), ({"domains": [""]}, "one of its names is empty"), ({"methods": []}, "method"), ({"methods": [["random"]]}, "it takes a list of names"),
+    ({"finetune": "yes"}, "it takes true or false"), ({"finetune": 1}, "finetune = 1"), ({"model": 7}, "model = 7"),
     ({"granularity": 4}, "granularity = 4"),
-    ({"device": 0}, "device = 0"), ({"lam": "1"}, "lam = '1'"), ({"sparsty": 0.5}, "'sparsty'"), ({"config": []}, "no object of settings"),
+    ({"device": 0}, "it takes text or nothing"), ({"lam": "1"}, "lam = '1' cannot be used: it takes a number or nothing;"), ({"sparsty": 0.5}, "'sparsty'"), ({"config": []}, "no object of settings"),
 ])
 def test_a_setting_of_the_wrong_kind_in_a_config_file_is_refused(settings, word, llama, elsewhere, capfd):
     (elsewhere / "run.json").write_text(json.dumps({"model": str(llama), **settings}))
@@ -338,23 +353,45 @@ def test_ctrl_c_while_loading_is_one_sentence(llama, elsewhere, capfd, monkeypat
     monkeypatch.setattr(pipeline, "load_model", stop)
     assert cli.main(prune(model=llama)) == 1
     out, err = capfd.readouterr()
-    assert out == "" and err.count("\n") == 1 and err.startswith("Stopped:") and not any(elsewhere.iterdir())
+    assert out == "" and err.count("\n") == 1 and err == "Stopped: nothing half-written is left; start it again when you like.\n"
+    assert not any(elsewhere.iterdir())
+
+
+def test_what_is_stopped_while_it_goes_on_says_how_it_goes_on_again(small, elsewhere, capfd, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+    folder = elsewhere / "my runs" / "one"
+    shutil.copytree(small.run.folder, folder)
+    (folder / "stats.parquet").unlink()
+    monkeypatch.setattr(pipeline, "prepare", stop)
+    assert cli.main(["resume", "one", "--runs", "my runs"]) == 1
+    assert capfd.readouterr().err == "Stopped: what it has finished is kept; `python -m dpruner resume 'my runs/one'` goes on from there.\n"
+    monkeypatch.setattr(experiments, "conduct", stop)
+    assert cli.main(["experiment", "formulas", "--model", str(small.config.model), *QUICK[:6], "--value", "balanced"]) == 1
+    assert capfd.readouterr().err.endswith("Stopped: what it has finished is kept; the same command goes on from there.\n")
 
 
 # ---- wrong arguments ----
 
 
-@pytest.mark.parametrize("arguments", [
-    [], ["prun"], ["prune", "--sparsty", "0.5"], ["prune", "--sparsity", "half"], ["prune", "--nsamples", "4.5"], ["prune", "--sparsity"],
-    ["prune", "stray"], ["export", "last", "--domain", "legal", "--to", "x"],
-    ["export", "--method", "dpruner", "--domain", "legal", "--to", "x"],
-    ["runs", "a", "b"], ["prune", "--finetune", "yes"],
+@pytest.mark.parametrize(("arguments", "said"), [
+    ([], "required: command; see python -m dpruner --help"), (["prun"], "'prun' (choose from "),
+    (["prune", "--sparsty", "0.5"], "not known: --sparsty 0.5; see python -m dpruner prune --help"),
+    (["prune", "--sparsity", "half"], "argument --sparsity: it takes a number, not 'half'; see python -m dpruner prune --help"),
+    (["prune", "--nsamples", "4.5"], "argument --nsamples: it takes a whole number, not '4.5'; see"),
+    (["evaluate", "last", "--limit", "many"], "argument --limit: it takes a whole number, not 'many'; see python -m dpruner evaluate --help"),
+    (["prune", "--sparsity"], "argument --sparsity: it takes a value"), (["prune", "--memory", "-1GB"], "none that begins like an option; see"),
+    (["prune", "stray"], "not known: stray"), (["export", "last", "--domain", "legal", "--to", "x"], "required: --method; see python -m dpruner export --help"),
+    (["export", "--method", "dpruner", "--domain", "legal", "--to", "x"], "required: run"),
+    (["runs", "a", "b"], "not known: b; see python -m dpruner runs --help"), (["prune", "--finetune", "yes"], "not known: yes"),
+    (["prune", "--nsamples", "x" * 5000], "xx … xx"),
 ])
-def test_wrong_arguments_exit_with_2(arguments, elsewhere, capfd):
+def test_wrong_arguments_are_one_sentence_and_exit_with_2(arguments, said, elsewhere, capfd):
     with pytest.raises(SystemExit) as stopped:
         cli.main(arguments)
     out, err = capfd.readouterr()
-    assert stopped.value.code == 2 and out == "" and "usage:" in err and "Traceback" not in err and not any(elsewhere.iterdir())
+    assert stopped.value.code == 2 and out == "" and err.count("\n") == 1 and err.endswith(" --help.\n") and len(err) < 500
+    assert err.startswith("The command cannot be followed: ") and said in err and not any(elsewhere.iterdir())
 
 
 @pytest.mark.parametrize("command", [[], ["prune"], ["runs"], ["export"]])

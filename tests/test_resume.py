@@ -271,7 +271,12 @@ def test_a_killed_run_goes_on_from_the_command_line(brief, whole, tmp_path, caps
     store.write_json(run.folder / "status.json", {**worker.WAITING, "state": "running", "pid": 2**22, "pid_born": 0.0})   # nobody has this id
     assert cli.main(["runs", "--runs", str(tmp_path / "runs")]) == 0
     assert "failed. The run stopped in the middle" in capsys.readouterr().out
-    assert cli.main(["resume", "last", "--runs", str(tmp_path / "runs"), "--cache", str(tmp_path / "cache"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["id"] == run.id and content(run) == content(whole)
+    before = {path: path.read_bytes() for path in run.folder.iterdir()}
+    resume = ["resume", "last", "--runs", str(tmp_path / "runs"), "--cache", str(tmp_path / "cache"), "--json", "--memory"]
+    for limit, said in (("1MB", "does not fit into 1MB of memory"), ("much", "The memory 'much' is not known")):
+        assert cli.main([*resume, limit]) == 1
+        assert said in capsys.readouterr().err and before == {path: path.read_bytes() for path in run.folder.iterdir()}
+    assert cli.main([*resume, "2GB"]) == 0
+    assert json.loads(capsys.readouterr().out)["id"] == run.id and content(run) == content(whole) and run.config["memory"] == "2GB"
     assert cli.main(["resume", "last", "--runs", str(tmp_path / "runs")]) == 1
     assert "cannot go on: it is done" in capsys.readouterr().err
