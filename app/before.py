@@ -63,7 +63,7 @@ def examine(config: RunConfig) -> bool:
              help="The planned work at the speed just measured on this device, if it has nothing else to do; without downloads.")
     b.metric("Memory, about", size(sum(memory.values())),
              help="At the worst moment:  \n" + "  \n".join(f"{what}: {size(part)}" for what, part in memory.items()))
-    st.caption(f"On {device} in {dtype}; {size(free)} of memory are free now. The run folder will take about {size(needed)} on disk.")
+    st.caption(f"On {device} in {dtype}; {size(free)} of memory are free now. Run folder and cache will take about {size(needed)} of disk.")
     show_outside(config, model, device, plan)
     if needed > room:
         st.error(f"The disk has only {size(room)} left; delete runs that are no longer needed, or choose fewer domains or methods.",

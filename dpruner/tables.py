@@ -49,7 +49,9 @@ def show_estimate(told: dict, console: Console) -> None:
         if parts := told[key]:
             most = max(parts, key=parts.get)
             table.add_row(what, size(sum(parts.values())), f"{most} ({size(parts[most])})")
-    table.add_row("run folder", size(told["disk"]), "")
+    table.add_row("disk, for run folder and cache", size(told["disk"]), "")
+    if told["download"]:
+        table.add_row("weights to download first", size(told["download"]), "")
     console.print(table)
     console.print(f"{size(told['free'])} of memory are free on the device now.")
     for caution in told["cautions"]:

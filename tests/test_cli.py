@@ -72,7 +72,7 @@ def test_json_is_the_summary_and_nothing_else(llama, capfd):
 def test_a_dry_run_tells_what_a_run_would_take_and_leaves_nothing(llama, elsewhere, capfd, monkeypatch):
     assert cli.main(prune("--dry-run", "--device", "cpu", model=llama)) == 0
     out, _ = capfd.readouterr()
-    assert all(word in out for word in ("Before it starts, on cpu in float32", "memory of the device", "run folder", "free on the device now",
+    assert all(word in out for word in ("Before it starts, on cpu in float32", "memory of the device", "run folder and cache", "free on the device now",
                                         "nothing else")) and re.search(r"time +\d+ s .*\n.*memory of the device +\d+ MB +program \(\d+ MB\)", out), out
     assert cli.main(prune("--dry-run", "--json", "--device", "cpu", "--memory", "1GB", model=llama)) == 0
     told = json.loads(capfd.readouterr().out)
