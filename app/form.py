@@ -204,7 +204,9 @@ def more_settings() -> dict:
         "eval_documents": b.number_input("Held-out documents", **usual("eval_documents", 10)),
         "baseline_calibration": a.selectbox("wanda, sparsegpt calibrate on", HESSIANS, **field("baseline_calibration")),
         "seed": b.number_input("Seed", **usual("seed", DEFAULT.seed)),
-        "memory": a.text_input("Memory, at most", placeholder="what is free, or such as 16GB", max_chars=20, **field("memory")).strip() or None,
+        "memory": a.text_input("Memory limit", placeholder="what is free, or such as 16GB", max_chars=20, **field("memory") | {
+            "help": "The most that the run may use on the device; empty: what is free there. With less, more waits outside it: the result "
+                    "is the same, later. Its name as a setting: `memory`."}).strip() or None,
     }
 
 

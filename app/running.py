@@ -28,7 +28,8 @@ def happening() -> None:
         if status["state"] in ("failed", "damaged"):
             st.error(f"**{run.id}** · {said(status)}", icon=":material/error:")
         elif status["state"] == "cancelled":
-            st.info(f"**{run.id}** was cancelled. What it had finished is still in its folder.", icon=":material/cancel:")
+            st.info(f"**{run.id}** was cancelled" + (". What it had finished is still in its folder." if sofar.anything(run) else
+                                                     " before it had finished anything."), icon=":material/cancel:")
         if status["state"] in worker.OVER:
             resume_button(run, f"run-resume-{run.id}")
 
@@ -62,11 +63,8 @@ def show_active(run: Run, status: dict) -> None:
                 f"{ahead} run{'s' * (ahead > 1)} before it on {status.get('device', 'the device')}." if ahead else "its process is starting."))
         else:
             words.markdown(f"**{run.id}** is running.")
-        if button.button("Cancel", key=f"run-cancel-{run.id}", icon=":material/cancel:",
-                         help="End this run; what it has finished stays in its folder."):
-            with st.spinner("Ending it …"):
-                worker.cancel(run)
-            st.rerun()
+        button.button("Cancel", key=f"run-cancel-{run.id}", icon=":material/cancel:", on_click=cancel, args=(run,),
+                      help="End this run; what it has finished stays in its folder.")
         if status["state"] == "running":
             at = f"{status['stage']} · {status['about']}".strip(" ·")
             left = f"about {duration(status['eta_seconds'])} left" if status["eta_seconds"] else "time left: known in a moment"
@@ -76,6 +74,13 @@ def show_active(run: Run, status: dict) -> None:
             sofar.show(run, status)
         if st.toggle("Log", key=f"run-log-{run.id}", help="What the process of this run has printed"):
             show_log(run)
+
+
+def cancel(run: Run) -> None:
+    """For `on_click`: a button's answer in the script would be lost where another run has just ended and the page is drawn anew first."""
+    st.toast(f"Ending {run.id} …", icon=":material/cancel:")
+    with widgets.guarded():
+        worker.cancel(run)
 
 
 def resume_button(run: Run, key: str) -> None:

@@ -11,7 +11,7 @@ import streamlit as st
 from analysis import alike, heads, similarity
 from analysis.chart import Chart, listed
 from app import data, widgets
-from dpruner import RunConfig, store
+from dpruner import RunConfig, store, worker
 from dpruner.calibration import CATALOGUE
 from dpruner.config import split_domain
 from dpruner.errors import InputError
@@ -24,6 +24,7 @@ NOW = {   # stage: what it means, in plain words
     "domain fisher": "for every weight, how sharply the error on the domain's text grows with a change of it.",
     "domain importance": "for every weight, what its loss would cost on text of this domain, by the model's own gradients there. Together "
                          "with the general importance this decides which weights go.",
+    "masks and ranks": "the weights that matter least are marked to go, and the rank of every weight is written down.",
     "wanda": "the sizes of the inputs of every weight, for the method wanda.",
     "sparsegpt": "the method sparsegpt walks through the model and moves what it keeps to make up for what it removes.",
     "compensation": "the weights that are kept are moved to make up for those that go.",
@@ -110,6 +111,11 @@ def stamps(run: Run) -> tuple[tuple[str, float], ...]:
         with contextlib.suppress(OSError):   # the first folder goes when the run is done
             found.append((str(path), path.stat().st_mtime))
     return tuple(sorted(found, key=lambda each: each[1]))
+
+
+def anything(run: Run) -> bool:
+    """Whether a run has put aside anything to go on from."""
+    return any(path.name not in (*store.RECORDS, worker.LOG) for path in run.folder.iterdir())
 
 
 @st.cache_resource(max_entries=4, show_spinner=False)   # drawn every second, by every browser: made once for every new file

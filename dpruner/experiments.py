@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from dpruner import evaluations, files, metrics, pipeline, store
+from dpruner import evaluations, files, metrics, pipeline, store, turns
 from dpruner.calibration import builtin_domains, load_texts
 from dpruner.config import RunConfig, split_domain
 from dpruner.designs import DESIGNS, Design, Point, points_of
@@ -23,6 +23,7 @@ from dpruner.errors import InputError
 from dpruner.finetune import finetuned
 from dpruner.forecast import Forecast, Judged, Seconds, forecast, outlined_task, outlined_texts
 from dpruner.hub import CATALOGUE
+from dpruner.loading import pick_device
 from dpruner.masks import jaccard, jaccard_floor
 from dpruner.status import Status
 from dpruner.store import LazyMasks, Run
@@ -190,7 +191,7 @@ def foreseen(question: dict, experiment: Experiment, **known) -> Forecast:
 
 
 def conduct(experiment: Experiment, *, cache: str | Path = "cache", watch: Callable[[Status], None] | None = None,
-            waiting: Callable[[int], None] = lambda ahead: None) -> pd.DataFrame:
+            waiting: Callable[[int], None] = turns.say) -> pd.DataFrame:
     """Do what is left of an experiment, and sum it up.
 
     Args:
@@ -207,6 +208,12 @@ def conduct(experiment: Experiment, *, cache: str | Path = "cache", watch: Calla
     """
     record, points = experiment.record, experiment.points()
     with Status(experiment.folder, watch) as status:
+        device = pick_device(record["config"]["device"])
+
+        def wait(ahead: int) -> None:
+            status.queue(device, ahead)
+            waiting(ahead)
+
         experiment.require_same_files()
         expected = foreseen(record, experiment).points
         status.plan = [(point.slug, sum(seconds), point.slug) for point, seconds in zip(points, expected, strict=True)]
@@ -220,7 +227,7 @@ def conduct(experiment: Experiment, *, cache: str | Path = "cache", watch: Calla
                 status.step(point.slug, 0, STEPS)
                 if dense:
                     shutil.copytree(dense, run.folder / evaluations.FOLDER / DENSE, dirs_exist_ok=True)
-                _conduct(experiment, run, point, cache, seconds, lambda share, slug=point.slug: status.step(slug, min(round(STEPS * share), STEPS - 1), STEPS), waiting)
+                _conduct(experiment, run, point, cache, seconds, lambda share, slug=point.slug: status.step(slug, min(round(STEPS * share), STEPS - 1), STEPS), wait)
             dense = run.folder / evaluations.FOLDER / DENSE
             found = summed_up(experiment)   # after each, so that what is known so far can be seen
             store.write_table(experiment.folder / "results.parquet", found)

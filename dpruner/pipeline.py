@@ -1,5 +1,6 @@
 """A run from beginning to end, in the order of the paper's method section. The one file to read first."""
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -16,7 +17,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from dpruner import baselines, calibration, distributed, leftovers, memory, store
+from dpruner import baselines, calibration, distributed, leftovers, memory, store, turns
 from dpruner.compensate import Compensated, allotted, compensate_after, compensate_walk, fisher_batches, mixed_fisher
 from dpruner.config import RunConfig, split_domain
 from dpruner.domain import DomainImportance, FineTune, domain_importance, fisher_diagonal
@@ -33,7 +34,6 @@ from dpruner.stats import in_parts, matrix_stats
 from dpruner.status import Status
 from dpruner.store import Run
 from dpruner.texts import Texts
-from dpruner.turns import turn
 from dpruner.variants import DENSE
 from dpruner.walk import checkpointing
 
@@ -42,10 +42,10 @@ UNSEEN = ("memory", "processes") # what changes no bit, and may be another when 
 
 
 def run(config: RunConfig, *, runs: str | Path = "runs", cache: str | Path = "cache", folder: str | Path | None = None,
-        watch: Callable[[Status], None] | None = None, waiting: Callable[[int], None] = lambda ahead: None) -> Run:
+        watch: Callable[[Status], None] | None = None, waiting: Callable[[int], None] = turns.say) -> Run:
     """Prune a model for each domain with each method, evaluate, and keep everything in a run folder.
 
-    Whatever a user may have got wrong is found before a folder is made.
+    Whatever a user may have got wrong is found before a folder is made; only a run that has to wait has one from the first moment.
 
     Args:
         config: what to do.
@@ -53,28 +53,38 @@ def run(config: RunConfig, *, runs: str | Path = "runs", cache: str | Path = "ca
         cache: folder of general importances, shared by every run of the same model and calibration.
         folder: run folder to fill where one has been made already, as for a job of a queue, or for a run that goes on.
         watch: called with the run's Status after every step.
-        waiting: called with how many runs are ahead, again and again while another one has the device.
+        waiting: called with how many runs are ahead while others have the device, and when that changes; by default it is said on stderr.
 
     Returns:
         The finished run.
 
     Raises:
-        InputError: one sentence on what is wrong; also kept in status.json when the run had begun.
+        InputError: one sentence on what is wrong; also kept in status.json when there is a folder.
         KeyboardInterrupt: after status.json says "cancelled".
     """
     from dpruner import estimate   # which asks here what a run consists of
     config.check()
-    with turn(pick_device(config.device), waiting), memory.following(estimate.plan_with_room(config, Path(cache)), Path(cache)):
-        leftovers.clear(Path(cache))
-        if folder is None:
-            prepared = prepare(config)
-            run = store.new_run(runs, config.title)
-        else:
-            prepared, run = None, Run(folder)
-            store.clear_leftovers(run.folder)
-        with Status(run.folder, watch) as status:
-            execute(run, config, prepared or prepare(config), Path(cache), status)
-    return run
+    cache, device = Path(cache), pick_device(config.device)
+    with contextlib.ExitStack() as ending:
+        status = ending.push(Status(Path(folder), watch)) if folder else None
+
+        def begun() -> Status:   # from now on it is a folder, for others to see and to cancel
+            return ending.push(Status(store.new_run(runs, config.title, config.to_dict()).folder, watch, fresh=True))
+
+        def wait(ahead: int) -> None:
+            nonlocal status
+            status = status or begun()
+            if status.queue(device, ahead):
+                waiting(ahead)
+
+        with turns.turn(device, wait), memory.following(estimate.plan_with_room(config, cache), cache):
+            leftovers.clear(cache)
+            prepared = None if status else prepare(config)
+            status = status or begun()
+            store.clear_leftovers(status.folder)
+            with status:
+                execute(Run(status.folder), config, prepared or prepare(config), cache, status)
+    return Run(status.folder)
 
 
 class Prepared(NamedTuple):
@@ -176,6 +186,7 @@ def pruned_and_judged(job: Job, method: str, label: str, S: Callable[[], DomainI
     if kept is None:
         scores = score(job, method, label, S)
         kept = prune(job, method, label, scores, general_fisher)
+        job.status.between(stage="masks and ranks")
         save(job.run, method, label, scores, kept)
         job.partial.put("stats", piece, matrix_stats(model, kept.masks, scores))
         del scores
@@ -324,6 +335,7 @@ def prune(job: Job, method: str, label: str, scores: Scores | None, general_fish
         del fishers
         return compensate_walk(model, sets, fisher, wanted, 1.0 if config.lam is None else config.lam, refined=config.refine, **watched)
     granularity = granularity_of(method, config)
+    job.status.between(stage="masks and ranks")
     masks = make_masks(scores, None if ":" in granularity else sparsity, granularity)
     if config.compensate == "after":
         return compensate_after(model, sets, masks, **watched)
@@ -374,6 +386,7 @@ def score_halves(job: Job, label: str, G: Scores) -> pd.DataFrame:
     methods = [m for m in HALVED if m in config.methods]
     for number, half in enumerate((batches[:middle], batches[middle:]), 1):
         S = score_domain(job, f"{label}~{number}", half, G)
+        job.status.between(stage="masks and ranks")
         if config.sides and methods == ["dpruner"]:
             save_ranks(run, "domain", f"{label}~{number}", S.domain)
         for method in methods:
@@ -419,6 +432,7 @@ def dense_perplexities(job: Job) -> pd.DataFrame:
 
 def both_sides(job: Job, label: str, S: DomainImportance) -> pd.DataFrame:
     """The ranks of the two sides that the dual score weighs, for whoever wants to see them, and how many decisions the general side changes."""
+    job.status.between(stage="masks and ranks")
     save_ranks(job.run, "domain", label, S.domain)
     save_ranks(job.run, "general", label, S.general)
     asked = None if ":" in job.config.granularity else job.prepared.sparsity

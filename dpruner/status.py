@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +18,12 @@ REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, 
 
 
 class Status:
-    """Keeps status.json true while a run is in its `with`: running, then done, failed or cancelled.
+    """Keeps status.json true: queued until a run is in its `with`, running in it, then done, failed or cancelled.
 
     Args:
         folder: of the run.
         watch: called with this object after every step.
+        fresh: the folder is new and holds settings at most: where no status can be written it goes.
 
     Attributes:
         plan: [(stage, cost, piece)] in the order the stages come; costs in any unit, for the share done and the time left; a piece is what
@@ -31,23 +33,51 @@ class Status:
         stage, done, total: the current stage and how many of its steps are done.
     """
 
-    def __init__(self, folder: Path, watch: Callable[["Status"], None] | None = None):
-        self.path, self.plan, self.watch = folder / "status.json", [], watch
+    def __init__(self, folder: Path, watch: Callable[["Status"], None] | None = None, fresh: bool = False):
+        self.folder, self.path, self.plan, self.watch = folder, folder / "status.json", [], watch
+        self.place: dict = {}   # in the queue of a device, while it waits there
+        self.fresh, self.over = fresh, False   # whether its end is told
         self.at, self.began, self.written = -1, time.time(), 0.0
         self.given = 0.0   # share of the work that an earlier process has done
         self.about, self.advice = "", lambda: "resume it with a limit, such as --memory 8GB"
-        self.stage, self.done, self.total = "loading model and text", 0, 1
+        self.stage, self.done, self.total = "starting", 0, 1
+
+    def queue(self, device: object, ahead: int) -> bool:
+        """The run waits.
+
+        Args:
+            device: what it waits for.
+            ahead: how many are before it.
+
+        Returns:
+            Whether that is news.
+        """
+        place = {"device": str(device), "ahead": ahead}
+        if place == self.place:
+            return False
+        self.stage, self.place = "waiting for the device", place
+        self._begin("queued")
+        return True
 
     def __enter__(self) -> "Status":
-        try:
-            self._write("running")
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                self.path.parent.rmdir()   # it holds nothing yet
-            raise self._explained(error) or error
+        self.began, self.stage, self.place = time.time(), "loading model and text", {}
+        self._begin("running")
         return self
 
+    def _begin(self, state: str) -> None:
+        try:
+            self._write(state)
+            self.fresh = False
+        except OSError as error:
+            if self.fresh:
+                self.over = True
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise self._explained(error) or error
+
     def __exit__(self, kind, error, trace) -> None:
+        if self.over:   # an outer `with` of the same
+            return
+        self.over = True
         if error is None:
             self._write("done")
             return
@@ -83,7 +113,7 @@ class Status:
         if begins:
             before = self.share
             self.at = next((i for i in range(self.at + 1, len(self.plan)) if self.plan[i][0] == stage), self.at)
-        self.stage, self.done, self.total = stage, done, total
+        self.stage, self.done, self.total, self.place = stage, done, total, {}
         if begins and done:
             self.given += self.share - before
         if self.watch:
@@ -97,6 +127,11 @@ class Status:
         self.at = max((i for i, planned in enumerate(self.plan) if planned[2] == piece), default=self.at)
         self.stage, self.done, self.total = self.plan[self.at][0] if self.at >= 0 else self.stage, 1, 1
         self.given += max(0.0, self.share - before)
+
+    def between(self, stage: str) -> None:
+        """A stage of the plan is done, and something short comes before the next one."""
+        self.stage, self.done, self.total = stage, 1, 1
+        self._write("running")
 
     @property
     def share(self) -> float:
@@ -117,5 +152,5 @@ class Status:
         write_json(self.path, {"state": state, "stage": self.stage, "about": self.about, "done": self.done, "total": self.total,
                                "progress": 1.0 if over else round(self.share, 4),
                                "eta_seconds": 0.0 if over else self.eta and round(self.eta, 1),
-                               "elapsed_seconds": round(time.time() - self.began, 1), "error": error, **identity()})
+                               "elapsed_seconds": round(time.time() - self.began, 1), "error": error, **self.place, **identity()})
         self.written = time.time()

@@ -335,18 +335,31 @@ class Run:
         return read_table(self.folder / "metrics.parquet")
 
 
-def new_run(root: str | Path, name: str) -> Run:
-    """An empty run folder with a fresh id: time, then what it is about."""
+def new_run(root: str | Path, name: str, settings: Mapping | None = None) -> Run:
+    """A run folder with a fresh id: time, then what it is about.
+
+    Args:
+        root: folder of the run folders.
+        name: what it is about.
+        settings: put into run.json before anything else is there, so that whatever becomes of the run it is listed and can go on.
+
+    Raises:
+        InputError: no folder can be made there; then there is none.
+    """
     safe = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")[:60]
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
         folder = Path(root) / f"{stamp}-{safe}{suffix}"
         try:
             folder.mkdir(parents=True)
+            if settings is not None:
+                write_json(folder / "run.json", {"config": settings, "created": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
             return Run(folder)
         except FileExistsError:
             continue
         except OSError as error:
+            with contextlib.suppress(OSError):
+                folder.rmdir()   # it holds nothing yet
             raise InputError(f"No run folder can be made in {str(root)!r}", str(error.strerror).lower(), "name another folder for the runs") from error
     raise InputError(f"No run folder could be made in {root}", "a thousand runs started in this second", "try again")
 

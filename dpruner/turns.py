@@ -7,6 +7,7 @@ lock is freed by the system when its process ends, however it ends.
 import contextlib
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -71,6 +72,11 @@ def _living(folder: Path) -> list[tuple[Path, dict]]:
         else:
             ticket.unlink(missing_ok=True)
     return found
+
+
+def say(ahead: int) -> None:
+    """What shells and notebooks read while they wait."""
+    print(f"Waiting for the device: {ahead} before it.", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ PATIENCE = 10.0   # seconds a cancelled process gets to end by itself, and a sta
 LOG = "log.txt"
 WAITING = {"state": "queued", "stage": "starting", "about": "", "done": 0, "total": 1, "progress": 0.0, "eta_seconds": None,
            "elapsed_seconds": 0.0, "error": None}
+GOING = ("queued", "running")    # states of a run whose process lives
 OVER = ("failed", "cancelled")   # states from which a run can go on
 
 _children: dict[int, subprocess.Popen] = {}   # kept to be reaped, as one that nobody waits for looks alive, and to know how it ended
@@ -51,8 +52,7 @@ def submit(config: RunConfig, runs: str | Path = "runs", cache: str | Path = "ca
     """
     config.check()
     pick_device(config.device)
-    run = store.new_run(runs, config.title)
-    store.write_json(run.folder / "run.json", {"config": config.to_dict(), "created": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+    run = store.new_run(runs, config.title, config.to_dict())
     start(run, ["dpruner.worker", str(run.folder), str(cache)], config.device)
     return run
 
@@ -64,7 +64,7 @@ def submit_experiment(experiment: "Experiment", cache: str | Path = "cache") -> 
         InputError: it is going on already, its files are not what they were, or its settings do not work here.
     """
     config = RunConfig.from_dict(experiment.config)
-    if (experiment.folder / "status.json").is_file() and state(experiment)["state"] in ("queued", "running"):
+    if (experiment.folder / "status.json").is_file() and state(experiment)["state"] in GOING:
         raise InputError(f"The experiment {experiment.id} is going on already", "it has not ended yet", "wait for it, or cancel it")
     experiment.require_same_files()
     pick_device(config.device)
@@ -133,7 +133,8 @@ def start(run: Run, module: list[str], device: str | None) -> None:
     Args:
         module: what the process is, as `python -m` takes it, with its arguments; it calls `process`.
     """
-    store.write_json(run.folder / "status.json", {**WAITING, "pid": None, "born": time.time()})
+    status = {**WAITING, "pid": None, "born": time.time()}
+    store.write_json(run.folder / "status.json", status)
     package = str(Path(__file__).parents[1])   # the process must find this package from wherever the paths in the config are meant
     path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
     # threads that wait for each other spin far shorter than by default: the browser and the server want the processors too
@@ -142,8 +143,9 @@ def start(run: Run, module: list[str], device: str | None) -> None:
         child = subprocess.Popen([sys.executable, "-m", *module], stdin=subprocess.DEVNULL,
                                  stdout=log, stderr=log, start_new_session=True, env=environment)
     _children[child.pid] = child
-    with contextlib.suppress(psutil.NoSuchProcess, OSError):   # taken here, so that runs go in the order they were asked for
-        turns.take_ticket(pick_device(device), child.pid)
+    with contextlib.suppress(psutil.NoSuchProcess, OSError):   # it may die, or be cancelled, before it can write who it is
+        store.write_json(run.folder / "status.json", {**status, **turns.identity(child.pid)})
+        turns.take_ticket(pick_device(device), child.pid)   # taken here, so that runs go in the order they were asked for
 
 
 def state(run: Run) -> dict:
@@ -153,9 +155,9 @@ def state(run: Run) -> dict:
         InputError: the run folder is gone or its status is damaged.
     """
     status = run.status
-    if status["state"] in ("queued", "running") and not _alive(status):
+    if status["state"] in GOING and not _alive(status):
         status = run.status   # it may have ended between the two looks
-        if status["state"] in ("queued", "running"):
+        if status["state"] in GOING:
             status = {**status, "state": "failed", "error": died(run, _exit_code(status.get("pid")))}
             with contextlib.suppress(OSError):
                 store.write_json(run.folder / "status.json", status)
@@ -203,32 +205,37 @@ def _alive(status: dict) -> bool:
 
 
 def cancel(run: Run) -> None:
-    """End a queued or running run: ask, wait a little, then insist. What it has stays, and it can go on later."""
+    """End a queued or running run. What it has stays, and it can go on later."""
     status = state(run)
-    if status["state"] not in ("queued", "running"):
+    if status["state"] not in GOING:
         return
     deadline = time.time() + PATIENCE
-    while status["pid"] is None and time.time() < deadline:   # just submitted: its process is still starting
+    while status["pid"] is None and time.time() < deadline:   # just submitted: its process is about to be
         time.sleep(turns.POLL)
         status = state(run)
-    with contextlib.suppress(psutil.NoSuchProcess, TypeError):
-        process = psutil.Process(status["pid"])
-        family = [process, *process.children(recursive=True)]
-        process.send_signal(signal.SIGINT)
-        _, left = psutil.wait_procs(family, timeout=PATIENCE)
-        for stubborn in left:
-            stubborn.kill()
-        psutil.wait_procs(left, timeout=PATIENCE)
-    if run.status["state"] in ("queued", "running"):
+    if status["pid"] is not None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            _end(run, psutil.Process(status["pid"]))
+    if run.status["state"] in GOING:
         store.write_json(run.folder / "status.json", {**run.status, "state": "cancelled"})
 
 
-def waits(run: Run) -> Callable[[int], None]:
-    """What a job calls while others have its device: status.json says how many."""
-    def waiting(ahead: int) -> None:
-        device = str(pick_device(RunConfig.from_dict(run.config).device))
-        store.write_json(run.folder / "status.json", {**run.status, "stage": "waiting for the device", "device": device, "ahead": ahead})
-    return waiting
+def _end(run: Run, process: psutil.Process) -> None:
+    """Ask a process to end its run, wait a little, then insist.
+
+    What this process did not start may have other things to do, such as a notebook: it is left alone once its run has ended.
+    """
+    def to_end() -> bool:
+        return process.pid in _children or run.status["state"] in GOING
+
+    left, deadline = [process, *process.children(recursive=True)], time.time() + PATIENCE
+    process.send_signal(signal.SIGINT)
+    while left and to_end() and time.time() < deadline:
+        _, left = psutil.wait_procs(left, timeout=turns.POLL)
+    if to_end():
+        for stubborn in left:
+            stubborn.kill()
+        psutil.wait_procs(left, timeout=PATIENCE)
 
 
 def is_experiment(folder: Path) -> bool:
@@ -239,12 +246,11 @@ def is_experiment(folder: Path) -> bool:
 def work(folder: Path, cache: Path) -> None:
     """The job's own process: wait for the device, then run."""
     from dpruner import experiments, pipeline   # after the status tells that the job lives
+    how = {"cache": cache, "waiting": lambda ahead: None}   # the status says it
     if is_experiment(folder):
-        experiment = experiments.Experiment(folder)
-        experiments.conduct(experiment, cache=cache, waiting=waits(experiment))
-        return
-    run = Run(folder)
-    pipeline.run(RunConfig.from_dict(run.config), folder=folder, cache=cache, waiting=waits(run))
+        experiments.conduct(experiments.Experiment(folder), **how)
+    else:
+        pipeline.run(RunConfig.from_dict(Run(folder).config), folder=folder, **how)
 
 
 def process(folder: Path, job: Callable[[], None]) -> int:

@@ -130,6 +130,27 @@ def test_cancel_ends_the_run_it_stands_beside(runs, monkeypatch):
     assert ended == ["20300102-b"] and "**20300102-b** was cancelled" in words(at) and "**20300101-a** is running" in words(at)
 
 
+def test_a_cancel_that_was_pressed_while_another_run_ended_is_not_lost(runs, monkeypatch):
+    written(runs / "20300101-a", state="running")
+    written(runs / "20300102-b")
+    ended = []
+    monkeypatch.setattr(worker, "cancel", lambda run: (ended.append(run.id), written(run.folder, state="cancelled")))
+    at = opened()
+    written(runs / "20300101-a", state="cancelled")   # the page does not know it yet
+    calm(at.button(key="run-cancel-20300102-b").click().run())
+    assert ended == ["20300102-b"]
+
+
+def test_what_a_cancelled_run_has_left_is_told_as_it_is(runs):
+    written(runs / "20300101-a", state="cancelled", stage="waiting for the device")
+    written(runs / "20300102-b", state="cancelled", stage="domain importance")
+    (runs / "20300101-a" / worker.LOG).write_text("Cancelled.")
+    (runs / "20300102-b" / "partial").mkdir()
+    at = opened()
+    assert "**20300101-a** was cancelled before it had finished anything." in words(at)
+    assert "**20300102-b** was cancelled. What it had finished is still in its folder." in words(at)
+
+
 def test_failed_killed_and_damaged_runs_are_one_sentence_each_and_the_page_goes_on(runs):
     gated = {"what": "The model 'x' could not be loaded", "why": "it is gated", "what to do": "log in"}
     written(runs / "20300101-failed", state="failed", error=gated)
@@ -411,6 +432,14 @@ def test_an_amount_of_memory_that_is_none_is_refused(runs, submitted):
     at.text_input(key="run-memory").set_value("plenty")
     calm(at.run())
     assert start(at).disabled and "The memory 'plenty' is not known" in words(at)
+
+
+def test_the_memory_limit_stands_in_the_address(runs, submitted):
+    at = AppTest.from_file(MAIN, default_timeout=60)
+    at.query_params["run-memory"] = "16GB"
+    assert calm(at.run()).text_input(key="run-memory").value == "16GB"
+    calm(start(at).click().run())
+    assert submitted[0].memory == "16GB"
 
 
 def test_the_paper_recipe_keeps_to_what_the_model_was_built_for(runs, submitted):

@@ -138,7 +138,7 @@ def test_a_reload_and_a_second_browser_find_the_run_and_another_one_waits_visibl
     assert waiting.id != visit.run.id and worker.state(waiting)["state"] == "queued"
     second.locator(f".st-key-run-cancel-{waiting.id} button:visible").click()
     for window in (second, page):
-        says(window, f"{waiting.id} was cancelled.")
+        says(window, f"{waiting.id} was cancelled before it had finished anything.")
     assert worker.state(waiting)["state"] == "cancelled" and worker.state(visit.run)["state"] == "running"
     second.context.close()
     frozen.resume()

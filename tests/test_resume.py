@@ -265,6 +265,22 @@ def test_files_that_a_finished_run_has_lost_are_made_anew(brief, whole, tmp_path
     assert content(finished(worker.to_go_on(run), folder)) == content(whole) and worker.damaged_files(run) == []
 
 
+def killed_while_it_plans(runs: Path, config: dict) -> None:
+    torch.set_num_threads(1)
+    pipeline.planned_work = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    pipeline.run(RunConfig.from_dict(config), runs=runs, cache=runs.parent / "cache")
+
+
+def test_a_run_that_was_killed_before_it_knew_its_plan_is_listed_and_goes_on(brief, whole, tmp_path, processes, capsys, one_thread):
+    process = processes.Process(target=killed_while_it_plans, args=(tmp_path / "runs", brief.to_dict()))
+    process.start()
+    process.join(60)
+    run, = store.find_runs(tmp_path / "runs")
+    assert worker.state(run)["state"] == "failed" and run.status["stage"] == "loading model and text"
+    assert cli.main(["resume", "last", "--runs", str(tmp_path / "runs"), "--cache", str(tmp_path / "cache"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["id"] == run.id and content(run) == content(whole)
+
+
 def test_a_killed_run_goes_on_from_the_command_line(brief, whole, tmp_path, capsys, one_thread):
     run = store.new_run(tmp_path / "runs", "run")
     store.write_json(run.folder / "run.json", {"config": brief.to_dict()})

@@ -641,6 +641,32 @@ def test_a_stage_that_is_left_out_counts_as_done(tmp_path):
         assert status.share == 0.6
 
 
+def test_what_comes_between_two_stages_is_told_and_counts_for_nothing(tmp_path):
+    with Status(tmp_path) as status:
+        status.plan = [("walk", 3.0, "a"), ("evaluation", 1.0, "a")]
+        for done in (0, 2):
+            status.step("walk", done, 2)
+        status.between("masks and ranks")
+        told = json.loads((tmp_path / "status.json").read_text())
+        assert (told["stage"], told["done"], told["total"], told["progress"]) == ("masks and ranks", 1, 1, 0.75)
+        status.step("evaluation", 0, 2)
+        assert status.share == 0.75
+        status.step("evaluation", 1, 2)
+        assert status.share == 0.875
+
+
+def test_while_masks_and_ranks_are_written_the_status_says_so(llama, tmp_path, monkeypatch):
+    seen, real = set(), store.write_tensors
+
+    def written(path, *rest):
+        seen.update((path.parent.name, json.loads(s.read_text())["stage"]) for s in (tmp_path / "runs").glob("*/status.json"))
+        real(path, *rest)
+
+    monkeypatch.setattr(store, "write_tensors", written)
+    quick(llama, tmp_path, halves=True)
+    assert {stage for folder, stage in seen if folder in ("masks", "ranks")} == {"masks and ranks"}
+
+
 def test_status_is_written_at_the_beginning_now_and_then_and_at_the_end(tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr("dpruner.status.write_json", lambda path, data: written.append(data))

@@ -1,4 +1,4 @@
-"""Runs as processes of their own: the queue, cancelling, what is said of one that died. Five processes in all: each has torch to import."""
+"""Runs as processes of their own: the queue, cancelling, what is said of one that died. Few processes: each has torch to import."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 
-from dpruner import InputError, RunConfig, cli, experiments, store, turns, worker
+from dpruner import InputError, RunConfig, cli, experiments, pipeline, store, turns, worker
 from dpruner.memory import parse_size
 from dpruner.store import Run
 
@@ -82,6 +82,109 @@ def test_runs_wait_for_the_device_in_their_order_and_a_waiting_one_can_be_cancel
     ended, began = ((r.folder / "status.json").stat().st_mtime for r in (first, third))
     assert ended <= began - worker.state(third)["elapsed_seconds"] + 0.2   # one at a time
     assert worker.state(second)["state"] == "cancelled"
+
+
+@pytest.fixture
+def busy(tmp_path, monkeypatch):
+    """The CPU in the hands of another process, which gives it back when it is told to."""
+    monkeypatch.setenv("DPRUNER_QUEUE", str(tmp_path / "queue"))
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    turns.take_ticket(torch.device("cpu"), other.pid)
+    yield lambda: other.communicate(b"end\n")
+    other.kill()
+    other.wait()
+
+
+def waiting_run(llama, runs, busy, then, **settings) -> list[dict]:
+    """A run that waits in this process; the states that others see of it, as soon as it waits and when it has ended."""
+    seen = []
+
+    def waiting(ahead):
+        seen.append(worker.state(store.open_run("last", runs)) | {"counted": ahead})
+        then()
+
+    try:
+        pipeline.run(RunConfig(**BRIEF | {"model": str(llama)} | settings), runs=runs, cache=runs / "cache", waiting=waiting)
+    except (KeyboardInterrupt, InputError):
+        pass
+    run, = store.find_runs(runs)   # and no second folder
+    return [*seen, worker.state(run) | {"pairs": run.pairs()}]
+
+
+def test_a_run_that_waits_in_a_shell_or_notebook_is_seen_and_goes_on_in_the_same_folder(llama, runs, busy):
+    waiting, after = waiting_run(llama, runs, busy, busy)
+    assert (waiting["state"], waiting["stage"], waiting["device"]) == ("queued", "waiting for the device", "cpu")
+    assert (waiting["ahead"], waiting["counted"], waiting["pid"]) == (1, 1, os.getpid())
+    assert (after["state"], after["pairs"]) == ("done", [("dpruner", "legal")]) and "ahead" not in after
+
+
+def test_a_run_that_waits_ends_as_it_is_told_to_or_with_what_is_wrong(llama, runs, busy):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    _, after = waiting_run(llama, runs, busy, interrupted)
+    assert (after["state"], after["error"], after["pairs"]) == ("cancelled", None, [])
+    _, after = waiting_run(llama, runs / "wrong", busy, busy, model="no-such-model")
+    assert after["state"] == "failed" and sentence(after).startswith("The model 'no-such-model' could not be loaded: ")
+
+
+def listening() -> None:
+    """A test run in the background hands down that it does not hear ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_an_experiment_that_waits_says_so(llama, tmp_path, busy):
+    experiment, seen = experiments.prepared("formulas", RunConfig(model=str(llama), **BRIEF), values=["balanced"], root=tmp_path), []
+
+    def waiting(ahead):
+        seen.append(worker.state(experiment))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        experiments.conduct(experiment, cache=tmp_path / "cache", waiting=waiting)
+    waits, = seen
+    assert (waits["state"], waits["stage"], waits["ahead"], waits["about"]) == ("queued", "waiting for the device", 1, "0 of 2 points done")
+    assert worker.state(experiment)["state"] == "cancelled"
+
+
+def test_a_shell_says_that_it_waits_and_its_run_can_be_cancelled_from_anywhere(llama, runs, tmp_path, busy):
+    options = ["--model", str(llama), "--domain", "legal", "--device", "cpu", "--runs", str(runs), "--cache", str(tmp_path / "cache")]
+    shell = subprocess.Popen([sys.executable, "-m", "dpruner", "prune", *options], stderr=subprocess.PIPE, text=True, preexec_fn=listening)
+    run, = wait_for(lambda: store.find_runs(runs))
+    assert wait_for(lambda: worker.state(run))["state"] == "queued"
+    worker.cancel(run)
+    assert worker.state(run)["state"] == "cancelled" and shell.wait(WAIT) == 1
+    waits, stopped = shell.stderr.read().splitlines()[-2:]
+    assert waits == "Waiting for the device: 1 before it." and stopped.startswith("Stopped: ")
+
+
+def test_a_notebook_outlives_the_run_that_is_cancelled_in_it(llama, runs, tmp_path, busy):
+    config = RunConfig(model=str(llama), **BRIEF)
+    cells = ("from dpruner import RunConfig, pipeline\n"
+             f"try: pipeline.run(RunConfig.from_dict({config.to_dict()!r}), runs={str(runs)!r}, cache={str(tmp_path)!r})\n"
+             "except KeyboardInterrupt: print('the next cell', flush=True)\n"
+             "input()")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    notebook = subprocess.Popen([sys.executable, "-c", cells], **pipes, text=True, preexec_fn=listening)
+    run, = wait_for(lambda: store.find_runs(runs))
+    wait_for(lambda: (run.folder / "status.json").is_file())
+    worker.cancel(run)
+    assert worker.state(run)["state"] == "cancelled" and notebook.stdout.readline() == "the next cell\n"
+    notebook.communicate("end\n", WAIT)
+    assert notebook.returncode == 0
+
+
+def test_a_process_that_dies_before_it_can_write_is_noticed(llama, runs, tmp_path):
+    run = worker.submit(RunConfig(model=str(llama), **BRIEF), runs, tmp_path / "cache")
+    psutil.Process(worker.state(run)["pid"]).kill()
+    assert wait_for(lambda: (s := worker.state(run))["state"] == "failed" and s, 10)["error"]["why"].startswith("its process was killed")
+
+
+def test_cancelling_what_never_came_to_be_ends_nobody_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(worker, "PATIENCE", 0.5)
+    run = written(tmp_path / "run", pid=None, born=time.time())
+    worker.cancel(run)   # an id that is not there is not that of this process
+    assert worker.state(run)["state"] == "cancelled"
 
 
 def test_a_running_run_can_be_cancelled(llama, runs, tmp_path):

@@ -67,7 +67,8 @@ def prepare(folder: Path, runs: Path, cache: Path) -> None:
     """
     run = Run(folder)
     config = RunConfig.from_dict(run.config)
-    with turn(pick_device(config.device), worker.waits(run)), Status(folder) as status:
+    device, status = pick_device(config.device), Status(folder)
+    with turn(device, functools.partial(status.queue, device)), status:
         store.clear_leftovers(folder)
         status.plan = [Planned(*stage) for stage in PLAN]
         prepared = pipeline.prepare(config)
