@@ -312,6 +312,8 @@ def _told(status: dict) -> str:
         return f"{status['state']}. {status['error']['what']}: {status['error']['why']}; {status['error']['what to do']}."
     if status["state"] == "running":
         return f"running, {status['progress']:.0%}, {status['stage']}"
+    if status["state"] == "queued" and status.get("ahead"):
+        return f"queued, {status['ahead']} before it on {status['device']}"
     return status["state"]
 
 

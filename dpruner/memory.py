@@ -80,17 +80,21 @@ def following(plan: Plan, folder: Path) -> Iterator[None]:
     before = _plan, _folder
     _plan, _folder = plan, folder
     if plan.outside:
-        give_back_at_once()
+        give_back_at_once(2**16)   # with 2**20, activations and masks left holes of 150 MB
     try:
         yield
     finally:
         _plan, _folder = before
 
 
-def give_back_at_once() -> None:
-    """Let the C library return what is freed to the system: by itself it keeps pieces for later, for every thread, in time as many as make a model."""
+def give_back_at_once(least: int = 2**20) -> None:
+    """Let the C library return what is freed to the system: by itself it keeps pieces for later, for every thread, in time as many as make a model.
+
+    Args:
+        least: bytes from which on a piece is given back; each then costs a call of the system and its pages anew.
+    """
     with contextlib.suppress(OSError, AttributeError):   # other systems have other libraries
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)   # with 2**20, activations and masks left holes of 150 MB
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, least)
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
 
 

@@ -39,7 +39,7 @@ class Status:
         self.fresh, self.over = fresh, False   # whether its end is told
         self.at, self.began, self.written = -1, time.time(), 0.0
         self.given = 0.0   # share of the work that an earlier process has done
-        self.about, self.advice = "", lambda: "resume it with a limit, such as --memory 8GB"
+        self.about, self.advice = "", lambda: f"free some memory, or let it go on with a limit: resume {self.folder.name} --memory …"
         self.stage, self.done, self.total = "starting", 0, 1
 
     def queue(self, device: object, ahead: int) -> bool:

@@ -8,8 +8,10 @@ import argparse
 import asyncio
 import os
 import random
+import re
 import tempfile
 import time
+import urllib.request
 from collections import defaultdict
 from pathlib import Path
 
@@ -102,11 +104,18 @@ def server_of(address: str) -> psutil.Process:
 
 
 async def watch(server: psutil.Process, until: float, sizes: list[tuple[float, int]]) -> None:
-    """Memory of the server, every second."""
+    """Memory that the server has to itself, every second; pages of files, which the system can drop, are not counted (Linux)."""
     began = time.monotonic()
     while time.monotonic() < until:
-        sizes.append((time.monotonic() - began, server.memory_info().rss))
+        sizes.append((time.monotonic() - began, 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{server.pid}/status").read_text())[1])))
         await asyncio.sleep(1)
+
+
+def cached(address: str) -> dict[str, float]:
+    """Bytes of Streamlit's caches by name, the largest first, as the server itself tells them."""
+    with urllib.request.urlopen(f"{address}/_stcore/metrics") as told:
+        found = re.findall(r'cache_memory_bytes\{cache_type="([^"]*)",cache="([^"]*)"[^}]*\} (\S+)', told.read().decode())
+    return dict(sorted(((f"{kind} {name}", float(size)) for kind, name, size in found), key=lambda pair: -pair[1]))
 
 
 async def crowd(address: str, sessions: int, seconds: float):
@@ -131,6 +140,7 @@ def main():
             pipeline.run(demo.CONFIG, runs=runs, cache=Path(folder) / "cache")
         with served(runs, Path(folder) / "cache") as address:
             took, errors, sizes = asyncio.run(crowd(address, args.sessions, args.seconds))
+            caches = cached(address)
     every = [t for page in took.values() for t in page]
     warm = [size for when, size in sizes if when >= min(WARM, args.seconds / 2)]
     print(f"{args.sessions} sessions, {args.seconds:.0f} s, {len(every)} clicks, {psutil.cpu_count()} cores, load {os.getloadavg()[1]:.1f}\n")
@@ -141,6 +151,7 @@ def main():
     later = [(when / 60, size / 1e6) for when, size in sizes if when >= args.seconds / 2]
     print(f"\nMemory of the server from the first minute on, minute by minute: {', '.join(minutes)} MB; {warm[-1] / 1e6:.0f} MB at the end; "
           f"in the second half it grew by {np.polyfit(*zip(*later, strict=True), 1)[0]:+.1f} MB a minute.")
+    print(f"Of it {sum(caches.values()) / 1e6:.0f} MB are in caches, most in {', '.join(f'{n} ({s / 1e6:.1f} MB)' for n, s in list(caches.items())[:3])}.")
     print(f"Errors: {len(errors)}", *sorted(set(errors)), sep="\n")
 
 

@@ -66,6 +66,7 @@ def test_runs_wait_for_the_device_in_their_order_and_a_waiting_one_can_be_cancel
         waiting = "waiting for the device"
         wait_for(lambda: all(worker.state(r)["stage"] == waiting for r in (first, second, third)))
         assert [worker.state(r)["ahead"] for r in (first, second, third)] == [1, 2, 3]
+        assert cli._told(worker.state(second)) == "queued, 2 before it on cpu"
         assert {worker.state(r)["state"] for r in (first, second, third)} == {"queued"}
         pid = worker.state(second)["pid"]
         worker.cancel(second)
