@@ -140,4 +140,4 @@ def copy_link(selected: dict) -> None:
     Args:
         selected: {name of a parameter: value}, what the address may leave out.
     """
-    _COPY_LINK(data={"selected": selected, "now": time.time()})   # looks at the address after every change
+    _COPY_LINK(data={"selected": selected, "now": time.time()}, key="copy-link")   # looks at the address after every change
