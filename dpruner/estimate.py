@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import shutil
 import time
@@ -54,7 +55,7 @@ def _crowded(config: RunConfig, model: nn.Module, device: str, plan: Plan) -> li
     needed, free = sum(peak_memory(config, model, device, plan).values()), available_memory(device)
     if needed <= free:
         return []
-    helpful = [r.words for r in remedies(config, model, device, free)]
+    helpful = [r.words for r in remedies(dataclasses.replace(config, memory=None), model, device, free)]   # a lower limit may be one
     return [f"The run will probably not fit into memory: it takes about {size(needed)} and {size(free)} are free on {device}; "
             + ("; or ".join(helpful) if helpful else "no setting changes that: choose a smaller model, another device, or free some memory") + "."]
 
@@ -122,7 +123,8 @@ def told(config: RunConfig, cache: Path) -> dict:
     plan, dtype = plan_with_room(config, cache, model), precision(config, model, device)
     took = seconds(config, model, Outline(config), measure_speed(model, device, dtype), device, plan)
     return {"device": device, "precision": str(dtype).removeprefix("torch."), "seconds": round(took), "disk": disk(config, model),
-            "download": to_download(config.model, config.revision, model), "plan": dataclasses.asdict(plan), "memory": peak_memory(config, model, device, plan), "free": available_memory(device),
+            "download": to_download(config.model, config.revision, model), "plan": dataclasses.asdict(plan),
+            "memory": peak_memory(config, model, device, plan), "free": available_memory(device),
             "outside": outside(config, model, device, plan), "host": host_memory(config, model, device, plan),
             "cautions": cautions(config, model, device, plan)}
 
@@ -234,7 +236,8 @@ def _one_thread():
 
 
 def _seconds_each(work: Callable, least: float, device: str) -> float:
-    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    apart = torch.device(device).type != "cpu" and torch.accelerator.is_available()   # it answers before it has computed
+    wait = functools.partial(torch.accelerator.synchronize, device) if apart else lambda: None
     wait()
     times, began = [], time.perf_counter()
     while len(times) < 5 or time.perf_counter() - began < least:

@@ -120,21 +120,23 @@ def test_a_waiting_and_a_running_run_say_where_they_are(runs):
     assert "first\nlast words" in words(at)
 
 
-def test_cancel_ends_the_run_it_stands_beside(runs, monkeypatch):
+@pytest.fixture
+def ended(runs, monkeypatch):
+    """A run that goes and one that waits; ids of those that are cancelled."""
     written(runs / "20300101-a", state="running")
     written(runs / "20300102-b")
-    ended = []
-    monkeypatch.setattr(worker, "cancel", lambda run: (ended.append(run.id), written(run.folder, state="cancelled")))
+    found = []
+    monkeypatch.setattr(worker, "cancel", lambda run: (found.append(run.id), written(run.folder, state="cancelled")))
+    return found
+
+
+def test_cancel_ends_the_run_it_stands_beside(ended):
     at = opened()
     calm(at.button(key="run-cancel-20300102-b").click().run())
     assert ended == ["20300102-b"] and "**20300102-b** was cancelled" in words(at) and "**20300101-a** is running" in words(at)
 
 
-def test_a_cancel_that_was_pressed_while_another_run_ended_is_not_lost(runs, monkeypatch):
-    written(runs / "20300101-a", state="running")
-    written(runs / "20300102-b")
-    ended = []
-    monkeypatch.setattr(worker, "cancel", lambda run: (ended.append(run.id), written(run.folder, state="cancelled")))
+def test_a_cancel_that_was_pressed_while_another_run_ended_is_not_lost(runs, ended):
     at = opened()
     written(runs / "20300101-a", state="cancelled")   # the page does not know it yet
     calm(at.button(key="run-cancel-20300102-b").click().run())
@@ -578,6 +580,9 @@ def test_too_little_memory_is_said_with_what_would_help(runs, monkeypatch):
     assert "no setting changes that" in opened().warning[0].value
     config = dataclasses.replace(config, seqlen=512)
     least = sum(estimate.peak_memory(config, model, "cpu", estimate.plan_of(config, model)).values())
+    monkeypatch.setattr(estimate, "available_memory", lambda device: least + 10**6)
+    said = estimate.cautions(dataclasses.replace(config, memory="16GB"), model, "cpu", estimate.Plan())   # more than there is
+    assert len(said) == 1 and "keep to a limit" in said[0]
     monkeypatch.setattr(estimate, "available_memory", lambda device: least - 10**6)
     at = opened(seqlen=512)
     said = at.warning[0].value
