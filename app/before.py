@@ -1,15 +1,10 @@
 """The card beside the form: can this run be done, what will it take, and the button that starts it."""
 
-import shutil
-from pathlib import Path
-
 import streamlit as st
 
 from analysis.chart import listed
 from app import data, state, uploads, widgets
 from dpruner import RunConfig, estimate, worker
-from dpruner.loading import pick_device
-from dpruner.memory import Plan
 from dpruner.model import count_weights, decoder_blocks, max_length, skipped_weights
 from dpruner.units import duration, size
 
@@ -51,37 +46,24 @@ def examine(config: RunConfig) -> bool:
     model = data.blank_model(config.model, config.revision)
     st.session_state["run-longest"] = max_length(model)
     show_model(config, model)
-    estimate.require_fitting(config, model)
-    device = str(pick_device(config.device))
-    dtype = str(estimate.precision(config, model, device)).removeprefix("torch.")
-    texts, plan = estimate.Outline(config, data.texts), estimate.plan_with_room(config, state.CACHE, model)
-    seconds = estimate.seconds(config, model, texts, data.speed(config.model, config.revision, device, dtype), device, plan)
-    memory, free = estimate.peak_memory(config, model, device, plan), estimate.available_memory(device)
-    needed, room = estimate.disk(config, model), shutil.disk_usage(state.RUNS if state.RUNS.exists() else Path.cwd()).free
+    told = estimate.told(config, state.RUNS, state.CACHE, model, data.speed(config), data.texts)
     a, b = st.columns(2)
-    a.metric("Time, about", duration(seconds),
+    a.metric("Time, about", duration(told["seconds"]),
              help="The planned work at the speed just measured on this device, if it has nothing else to do; without downloads.")
-    b.metric("Memory, about", size(sum(memory.values())),
-             help="At the worst moment:  \n" + "  \n".join(f"{what}: {size(part)}" for what, part in memory.items()))
-    st.caption(f"On {device} in {dtype}; {size(free)} of memory are free now. Run folder and cache will take about {size(needed)} of disk.")
-    show_outside(config, model, device, plan)
-    if needed > room:
-        st.error(f"The disk has only {size(room)} left; delete runs that are no longer needed, or choose fewer domains or methods.",
-                 icon=":material/error:")
-    for caution in estimate.cautions(config, model, device, plan):
-        st.warning(caution, icon=":material/memory:")
+    b.metric("Memory, about", size(sum(told["memory"].values())),
+             help="At the worst moment:  \n" + "  \n".join(f"{what}: {size(part)}" for what, part in told["memory"].items()))
+    st.caption(f"On {told['device']} in {told['precision']}; {size(told['free'])} of memory are free now. "
+               f"Run folder and cache will take about {size(told['disk'])} of disk.")
+    if waiting := sum(told["outside"].values()):
+        st.caption(f":material/swap_horiz: It would take {size(told['usual'])}: so weights, scores and masks of about {size(waiting)} wait "
+                   f"{'in files of the cache folder' if told['plan']['files'] else 'in the memory of the host'}. The result is the same, later.")
+    if told["download"]:
+        st.caption(f"Its weights are not on this machine yet: about {size(told['download'])} to download first.")
+    for caution in told["cautions"]:
+        st.warning(caution, icon=":material/warning:")
     st.caption("The result is zeros among the weights. By themselves they make the model **neither smaller nor faster**: they show which "
                "weights a domain needs. The page Results tells sizes and measured speed.")
-    return needed <= room
-
-
-def show_outside(config: RunConfig, model, device: str, plan: Plan) -> None:
-    """What waits outside memory so that the run keeps to it, if anything does."""
-    waiting = sum(estimate.outside(config, model, device, plan).values())
-    if waiting:
-        usual = size(sum(estimate.peak_memory(config, model, device, Plan()).values()))
-        st.caption(f":material/swap_horiz: It would take {usual}: so weights, scores and masks of about {size(waiting)} wait "
-                   f"{'in files of the cache folder' if plan.files else 'in the memory of the host'}. The result is the same, later.")
+    return told["disk"] <= told["room"]
 
 
 def show_model(config: RunConfig, model) -> None:
@@ -93,8 +75,6 @@ def show_model(config: RunConfig, model) -> None:
     if left := skipped_weights(model):
         st.caption(f"Left alone: {sum(left.values()):,} weights in the blocks that are no plain linear layers, such as "
                    f"`{next(iter(left))}`.")
-    if download := estimate.to_download(config.model, config.revision, model):
-        st.caption(f"Its weights are not on this machine yet: about {size(download)} to download first.")
 
 
 def start(config: RunConfig, ready: bool) -> None:

@@ -209,17 +209,21 @@ def texts(source: str, split: str, column: str | None = None, limit: int | None 
 
 
 @st.cache_data(max_entries=16, ttl=60, show_spinner="Measuring the speed of this device …")
-def speed(name: str, revision: str | None, device: str, dtype: str) -> estimate.Speed:
-    """Speed of a device at the shapes of a model."""
+def _speed(name: str, revision: str | None, device: str, dtype: str) -> estimate.Speed:
     return estimate.measure_speed(blank_model(name, revision), device, DTYPES[dtype])
+
+
+def speed(config: RunConfig) -> estimate.Speed:
+    """Speed of a run's device at the shapes of its model."""
+    model, device = blank_model(config.model, config.revision), str(pick_device(config.device))
+    dtype = str(estimate.precision(config, model, device)).removeprefix("torch.")
+    return _speed(config.model, config.revision, device, dtype)
 
 
 @st.cache_data(max_entries=64, ttl=60, show_spinner="Estimating the time …")
 def _foreseen(question: dict, folder: str, done: int) -> str:
     config = RunConfig.from_dict(question["config"])
-    model, device = blank_model(config.model, config.revision), str(pick_device(config.device))
-    dtype = str(estimate.precision(config, model, device)).removeprefix("torch.")
-    return experiments.foreseen(question, Experiment(folder), model=model, speed=speed(config.model, config.revision, device, dtype)).words
+    return experiments.foreseen(question, Experiment(folder), model=blank_model(config.model, config.revision), speed=speed(config)).words
 
 
 def foreseen(question: dict, experiment: Experiment) -> str:

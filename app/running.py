@@ -20,7 +20,7 @@ def happening() -> None:
     st.session_state["run-active"] = {run.id for run, _ in active}
     if before - st.session_state["run-active"]:
         st.rerun()
-    for run, status in sorted(active, key=lambda each: (each[1]["state"] != "running", each[0].id)):
+    for run, status in sorted(active, key=lambda each: (each[1]["state"] != "running", each[1].get("ahead", 0), each[0].id)):
         show_active(run, status)
     for run, status in known:   # newest first: what ended badly since the last good end
         if status["state"] == "done":

@@ -174,7 +174,7 @@ def command_prune(args: argparse.Namespace) -> None:
     config.check()
     if args.dry_run:
         return _together(config, lambda: _show_estimate(config, args))
-    run = _finished(config, args, runs=args.runs)
+    run = _finished(config, args, runs=Path(args.runs))
     if run is not None:
         _warn_if_changed(args.config, earlier, run)
         _show(run, args)
@@ -183,11 +183,11 @@ def command_prune(args: argparse.Namespace) -> None:
 def _show_estimate(config: RunConfig, args: argparse.Namespace) -> None:
     """What a run would take."""
     from dpruner import estimate, tables
-    told = estimate.told(config, Path(args.cache))
+    told = estimate.told(config, Path(args.runs), Path(args.cache))
     print(json.dumps(told, ensure_ascii=False)) if args.json else tables.show_estimate(told, Console(highlight=False))
 
 
-def _finished(config: RunConfig, args: argparse.Namespace, **where):
+def _finished(config: RunConfig, args: argparse.Namespace, **where: Path):
     """The run, done from beginning to end; None in a process that only helps another one."""
     from dpruner import distributed, estimate, pipeline
 
@@ -195,7 +195,7 @@ def _finished(config: RunConfig, args: argparse.Namespace, **where):
         if config.finetune and distributed.several():
             print("Fine-tuning takes one batch after the other: its domain pass runs in the first process, and the others wait.", file=sys.stderr)
         if not distributed.several():
-            for caution in estimate.cautions_of(config):
+            for caution in estimate.cautions_of(config, where.get("runs")):
                 print(caution, file=sys.stderr)
         with _stopped(lambda: _way_on(**where)), _watching() as watch:
             return pipeline.run(config, cache=args.cache, watch=watch, **where)

@@ -73,13 +73,25 @@ def _crowded_host(config: RunConfig, model: nn.Module, device: str, plan: Plan) 
     return []
 
 
-def cautions_of(config: RunConfig) -> list[str]:
-    """`cautions` of a run that would start now.
+def cautions_of(config: RunConfig, runs: Path | None = None) -> list[str]:
+    """`cautions` of a run that would start now, and whether the disk has room for a new one.
+
+    Args:
+        runs: where its folder will be made; None for one that goes on.
 
     Raises:
         InputError: its model or its limit cannot be.
     """
-    return cautions(config, blank_model(config.model, config.revision), str(pick_device(config.device)), plan_of(config))
+    model = blank_model(config.model, config.revision)
+    return [*cautions(config, model, str(pick_device(config.device)), plan_of(config, model)), *(_crowded_disk(config, model, runs) if runs else [])]
+
+
+def _crowded_disk(config: RunConfig, model: nn.Module, runs: Path) -> list[str]:
+    needed, free = disk(config, model), room(runs)
+    if needed <= free:
+        return []
+    return [f"The disk has no room for the run: it takes about {size(needed)} and {size(free)} are free in the folder {str(runs)!r}; delete runs that are no "
+            "longer needed, choose fewer domains or methods, or name a folder on another disk."]
 
 
 def plan_with_room(config: RunConfig, folder: Path, model: nn.Module | None = None) -> Plan:
@@ -97,36 +109,44 @@ def plan_with_room(config: RunConfig, folder: Path, model: nn.Module | None = No
         return plan
     device, model = str(pick_device(config.device)), model or blank_model(config.model, config.revision)
     needed = sum(outside(config, model, device, plan).values())
-    free = shutil.disk_usage(next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir())).free
+    free = room(folder)
     if needed > free:
         raise InputError(f"The disk has no room for what the run keeps outside {'memory' if device == 'cpu' else 'the device'}",
-                         f"about {needed / 1e9:.2f} GB of weights, scores and masks wait in files of the folder {str(folder)!r}, and {free / 1e9:.2f} GB are "
+                         f"about {size(needed)} of weights, scores and masks wait in files of the folder {str(folder)!r}, and {size(free)} are "
                          "free there", "free some, name a cache folder on another disk with --cache, or allow the run more memory")
     return plan
 
 
-def told(config: RunConfig, cache: Path) -> dict:
+def room(folder: Path) -> int:
+    """Bytes free on the disk of a folder that need not exist yet."""
+    return shutil.disk_usage(next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir())).free
+
+
+def told(config: RunConfig, runs: Path, cache: Path, model: nn.Module | None = None, speed: "Speed | None" = None,
+         read: Callable[..., list[str]] = load_texts) -> dict:
     """All that is known of a run before it starts, as plain values: bytes by what they are for, seconds, and sentences on what may go wrong.
 
     Args:
-        cache: the cache folder; it need not exist.
+        runs, cache: the folders; they need not exist.
+        model, speed: as `blank_model` and `measure_speed` give them, where they are at hand.
+        read: in place of `load_texts`, such as one that remembers.
 
     Raises:
         InputError: it cannot be done.
     """
     config.check()
-    model, device = blank_model(config.model, config.revision), str(pick_device(config.device))
+    model, device = model or blank_model(config.model, config.revision), str(pick_device(config.device))
     require_fitting(config, model)
     for source, column in {split_domain(config.general)[1]: None, **{split_domain(d)[1]: config.column for d in config.domains}}.items():
         if source not in CATALOGUE:   # which would be downloaded
-            load_texts(source, column=column, limit=1)
+            read(source, "calibration", column=column, limit=1)
     plan, dtype = plan_with_room(config, cache, model), precision(config, model, device)
-    took = seconds(config, model, Outline(config), measure_speed(model, device, dtype), device, plan)
-    return {"device": device, "precision": str(dtype).removeprefix("torch."), "seconds": round(took), "disk": disk(config, model),
+    took = seconds(config, model, Outline(config, read), speed or measure_speed(model, device, dtype), device, plan)
+    return {"device": device, "precision": str(dtype).removeprefix("torch."), "seconds": round(took), "disk": disk(config, model), "room": room(runs),
             "download": to_download(config.model, config.revision, model), "plan": dataclasses.asdict(plan),
             "memory": peak_memory(config, model, device, plan), "free": available_memory(device),
             "outside": outside(config, model, device, plan), "host": host_memory(config, model, device, plan),
-            "cautions": cautions(config, model, device, plan)}
+            "usual": sum(peak_memory(config, model, device, Plan()).values()), "cautions": cautions(config, model, device, plan) + _crowded_disk(config, model, runs)}
 
 
 def require_memory(config: RunConfig, model: nn.Module, device: str) -> None:

@@ -11,7 +11,6 @@ from dpruner.calibration import load_texts
 from dpruner.config import RunConfig
 from dpruner.hub import CATALOGUE
 from dpruner.loading import blank_model, pick_device
-from dpruner.memory import Plan
 from dpruner.model import count_weights
 from dpruner.plan import planned_work
 from dpruner.tasks import Item, Task, load_task
@@ -95,11 +94,11 @@ def _seconds(points: Sequence[Judged], model: nn.Module, speed: estimate.Speed, 
     known, asked = set(), set()
     for point in points:
         config = point.config
-        texts = estimate.Outline(config)
-        pruning = estimate.seconds(config, model, texts, speed, device) - estimate.START * bool(known)   # the process starts once
+        texts, plan = estimate.Outline(config), estimate.plan_of(config, model)
+        pruning = estimate.seconds(config, model, texts, speed, device, plan) - estimate.START * bool(known)   # the process starts once
         side = (config.general, config.nsamples, config.seqlen, config.seed)
         for stage in SHARED:
-            cost = sum(p.cost for p in planned_work(config, texts, Plan()) if p.stage == stage)
+            cost = sum(p.cost for p in planned_work(config, texts, plan) if p.stage == stage)
             pruning -= token * cost * ((stage, *side) in known)
             known |= {(stage, *side)} if cost else set()
         pairs = len(config.methods) * len(config.domains)

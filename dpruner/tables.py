@@ -53,7 +53,7 @@ def show_estimate(told: dict, console: Console) -> None:
     if told["download"]:
         table.add_row("weights to download first", size(told["download"]), "")
     console.print(table)
-    console.print(f"{size(told['free'])} of memory are free on the device now.")
+    console.print(f"{size(told['free'])} of memory are free on the device now, and {size(told['room'])} of the disk.")
     for caution in told["cautions"]:
         console.print(caution, soft_wrap=True)
 

@@ -78,8 +78,10 @@ def test_a_dry_run_tells_what_a_run_would_take_and_leaves_nothing(llama, elsewhe
     told = json.loads(capfd.readouterr().out)
     assert told["memory"]["program"] > 10**8 and told["cautions"] == [] and told["plan"]["outside"] is False
     monkeypatch.setattr(estimate, "available_memory", lambda device: 10**8)
+    monkeypatch.setattr(estimate, "room", lambda folder: 1000 if folder.name == "runs" else 10**12)
     assert cli.main(prune("--dry-run", "--device", "cpu", model=llama)) == 0
-    assert "The run will probably not fit into memory: it takes about" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "The run will probably not fit into memory: it takes about" in out and "The disk has no room for the run: it takes about" in out
     for wrong, said in ((("--memory", "1MB"), "does not fit into 1MB"), (("--domain", "nosuch", "--no-evaluate"), "domain 'nosuch' is not known")):
         assert said in refusal(prune("--dry-run", "--device", "cpu", *wrong, model=llama), capfd, elsewhere)
     assert not any(elsewhere.iterdir())

@@ -275,7 +275,7 @@ def test_files_that_the_disk_has_no_room_for_are_refused_before_anything_is_writ
     with pytest.raises(InputError, match="The disk has no room for what the run keeps outside the device: .* another disk with --cache"):
         pipeline.run(config, runs=tmp_path / "runs", cache=tmp_path / "cache")
     with pytest.raises(InputError, match="The disk has no room"):
-        estimate.told(config, tmp_path / "cache")
+        estimate.told(config, tmp_path / "runs", tmp_path / "cache")
     assert not any(tmp_path.iterdir())
 
 
