@@ -84,10 +84,14 @@ def cancel(run: Run) -> None:
 
 
 def resume_button(run: Run, key: str) -> None:
-    """Let a run that failed or was cancelled go on."""
-    if st.button("Resume", key=key, icon=":material/resume:", help="Go on from what it has: nothing that is finished is done again."):
+    """Let a run that failed or was cancelled go on, with another limit on its memory if that was the trouble."""
+    with st.container(horizontal=True):
+        pressed = st.button("Resume", key=key, icon=":material/resume:", help="Go on from what it has: nothing that is finished is done again.")
+        limit = st.text_input("Memory limit", key=f"{key}-memory", placeholder="Memory limit: as before", max_chars=20, width=240,
+                              label_visibility="collapsed").strip()
+    if pressed:
         with widgets.guarded():
-            worker.resume(run, state.CACHE)
+            worker.resume(run, state.CACHE, limit or None)
             st.rerun()
 
 

@@ -237,14 +237,15 @@ def test_a_run_that_is_deleted_while_it_is_shown_gives_way_to_another(page, runs
 
 def test_a_run_that_ended_badly_can_go_on(runs, monkeypatch):
     gone_on = []
-    monkeypatch.setattr(worker, "resume", lambda run, cache: (gone_on.append((run.id, cache)), written(run.folder, state="queued")))
+    monkeypatch.setattr(worker, "resume", lambda run, cache, memory: (gone_on.append((run.id, cache, memory)), written(run.folder, state="queued")))
     written(runs / "20300101-a", state="cancelled")
     written(runs / "20300102-b", state="failed", error={"what": "It", "why": "stopped", "what to do": "resume it"})
     at = opened(shown="20300101-a")
+    at.text_input(key="run-resume-20300102-b-memory").set_value(" 2GB ")
     calm(at.button(key="run-resume-20300102-b").click().run())
-    assert gone_on == [("20300102-b", state.CACHE)] and "**20300102-b** waits" in words(at)
+    assert gone_on == [("20300102-b", state.CACHE, "2GB")] and "**20300102-b** waits" in words(at)
     calm(at.button(key="run-resume-shown").click().run())
-    assert gone_on[1:] == [("20300101-a", state.CACHE)]
+    assert gone_on[1:] == [("20300101-a", state.CACHE, None)]
 
 
 def test_what_cannot_go_on_is_said(runs, monkeypatch):
