@@ -195,7 +195,7 @@ def demo():
 
 
 PARTS = {"general": general, "domain": domain, "memory": memory, "cost": linear_cost, "demo": demo,
-         "budget": lambda: bench_memory.estimates(row), "card": lambda: bench_memory.played(row), "app": lambda: bench_app.small(row), "learn": lambda: bench_learn.lesson(row),
+         "budget": lambda: bench_memory.estimates(row), "card": lambda: bench_memory.played(row), "host": lambda: bench_memory.hosts(row), "app": lambda: bench_app.small(row), "learn": lambda: bench_learn.lesson(row),
          "large": lambda: bench_app.large(row), "speed": lambda: bench_speed.main(row)}
 
 

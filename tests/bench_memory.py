@@ -2,12 +2,15 @@
 
 import contextlib
 import dataclasses
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -62,31 +65,44 @@ def random_model(name: str, folder: Path) -> Path:
     return folder
 
 
+def own_memory(pid: int) -> int:
+    """Bytes that belong to a process alone; pages of files, which the system can drop, are not counted (Linux). 0 for one that has ended."""
+    found = re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    return 1024 * int(found[1]) if found else 0
+
+
 def peak_of(config: RunConfig, folder: Path) -> int:
-    """Most memory that belonged to the process of a run alone, in bytes; pages of files, which the system can drop, are not counted (Linux)."""
+    """Most memory that belonged to the process of a run alone, in bytes."""
     store.write_json(folder / "config.json", config.to_dict())
     process = subprocess.Popen([sys.executable, "-m", "dpruner", "prune", "--config", str(folder / "config.json"), "--runs", str(folder / "runs"),
                                 "--cache", str(folder / "cache"), "--json"], cwd=ROOT, env={**os.environ, "DPRUNER_QUEUE": str(folder / "queue")},
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     peak = 0
     while process.poll() is None:
-        if found := re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text()):
-            peak = max(peak, 1024 * int(found[1]))
+        peak = max(peak, own_memory(process.pid))
         time.sleep(0.01)
     assert process.returncode == 0, process.stderr.read()
     return peak
 
 
-def played(row):
-    """A row for each kind of run on an accelerator that the CPU plays, without a limit and with all that saves memory there; see card.py."""
+@contextlib.contextmanager
+def on_played_card():
+    """An accelerator that the CPU plays, see card.py, and a folder for its runs."""
     import card
 
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as patched:
         patched.enter_context(mock.patch.dict(os.environ, {"DPRUNER_QUEUE": f"{folder}/queue"}))
-        patched.enter_context(mock.patch.object(memory, "SMALLEST", 2**12))
         for module in (pipeline, estimate, loading):
             patched.enter_context(mock.patch.object(module, "pick_device", lambda device: card.DEVICE))
-        model = random_model("small", Path(folder) / "small")
+        yield Path(folder)
+
+
+def played(row):
+    """A row for each kind of run on an accelerator that the CPU plays, without a limit and with all that saves memory there."""
+    import card
+
+    with on_played_card() as folder, mock.patch.object(memory, "SMALLEST", 2**12):
+        model = random_model("small", folder / "small")
         for number, (kind, changes) in enumerate(PLAYED.items()):
             config = dataclasses.replace(BASE, model=str(model), seqlen=64, dtype="float32", evaluate=False, **changes)
             for plan in (memory.Plan(), memory.Plan(outside=True, offload=True, passes=4)):
@@ -96,6 +112,46 @@ def played(row):
                     pipeline.run(config, runs=f"{folder}/runs", cache=f"{folder}/{number} {plan.offload}")
                 row(f"played accelerator, {kind}, {'offloaded, 4 passes' if plan.offload else 'no limit'}: {at_card.peak / 1e6:.2f} MB",
                     f"told before: {needed / 1e6:.2f} MB", f"{needed / at_card.peak - 1:+.0%}", "± 20 %")
+
+
+def hosts(row):
+    """A row for each kind of run whose weights and scores wait on the host of such an accelerator, or in files there."""
+    for kind, dtype, files in (("balanced", "float32", False), ("balanced", "float32", True), ("taylor", "bfloat16", False), ("release, fine-tuning", "float32", False)):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:   # with nothing of an earlier run in it
+            told, peak = process.submit(host_peak, kind, dtype, files).result()
+        row(f"host of a played accelerator, {kind}, {dtype}, {'files' if files else 'in memory'}: {peak / 1e6:.0f} MB", f"told before: {told / 1e6:.0f} MB",
+            f"{told / peak - 1:+.0%}", "± 20 %")
+
+
+def host_peak(kind: str, dtype: str, files: bool) -> tuple[int, int]:
+    """(bytes that were told of the host, the most that this process had while a run went on, without what is the played accelerator's)."""
+    import card
+
+    plan = memory.Plan(outside=True, offload=True, passes=2, files=files)
+    torch.set_num_threads(1)
+    with on_played_card() as folder:
+        config = dataclasses.replace(BASE, model=str(random_model("deep", folder / "deep")), nsamples=2, seqlen=32, dtype=dtype, evaluate=False,
+                                     **PLAYED[kind])
+        blank = loading.blank_model(config.model)
+        waiting = {} if files else estimate.outside(config, blank, "cuda", plan)
+        told = sum(estimate.host_memory(config, blank, "cuda", plan).values()) + sum(waiting.values())
+        with card.present() as at_card, mock.patch.object(estimate, "plan_of", lambda *_: plan), ThreadPoolExecutor(1) as beside:
+            over = threading.Event()
+            looked = beside.submit(most_beside, at_card, over)
+            try:
+                pipeline.run(config, runs=folder / "runs", cache=folder / "cache")
+            finally:
+                over.set()
+    return told, looked.result()
+
+
+def most_beside(at_card, over: threading.Event) -> int:
+    """The most memory of this process, without that of a played accelerator, until something is over; in bytes."""
+    most = 0
+    while not over.wait(0.01):
+        before, own = at_card.used, own_memory(os.getpid())
+        most = max(most, own - max(before, at_card.used))   # what it gives back in between is no host's
+    return most
 
 
 def estimates(row):
