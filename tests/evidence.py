@@ -1,7 +1,7 @@
 """The evidence of docs/RESULTS.md: `make evidence` conducts every experiment on the starter and writes the file.
 
 Each is one command, printed before it runs; one that was interrupted goes on. Real texts take part where they lie beside the repository: a
-sample of their training half calibrates, pieces of their held-out half judge.
+sample of their training half calibrates, pieces of their held-out half judge. So does a larger model, where tests/smollm2.py has fetched it.
 """
 
 import argparse
@@ -11,6 +11,8 @@ import random
 import shlex
 import shutil
 from pathlib import Path
+
+import smollm2
 
 from dpruner import cli
 
@@ -30,6 +32,8 @@ def real(domain: str, judged: str = "heldout") -> str:
 
 COMMANDS = [
     *(f"goal {real(domain)} --nsamples 32 --value 0.5 --value 0.6 --value 0.7 --value 0.8" for domain in ("legal", "finance", "healthcare")),
+    *(f"goal --model {{smollm2}} --dtype bfloat16 {real(domain)} --nsamples 32 --value 0.5 --value 0.6 --value 0.7 --value 0.8"
+      for domain in ("legal", "healthcare", "finance")),
     *(f"seeds {real(domain, 'further')} --nsamples 32 --limit 144" for domain in ("legal", "finance", "healthcare")),
     f"seeds {real('healthcare', 'further')} --sparsity 0.6 --nsamples 32 --limit 144",   # the one comparison that the goal leaves open at 60 %
     f"sparsity {real('legal')} --nsamples 32",
@@ -78,10 +82,12 @@ def main() -> None:
     if CORPORA.is_dir() and not (texts / "wikitext2-further.jsonl").is_file():
         real_texts(texts)
     for command in COMMANDS:
-        if names and command.split()[0] not in names or "{texts}" in command and not texts.is_dir():
+        needed = {"texts": texts, "smollm2": smollm2.FOLDER}
+        if names and command.split()[0] not in names or any(f"{{{name}}}" in command and not folder.is_dir() for name, folder in needed.items()):
             continue
-        print(f"python -m dpruner experiment {command.format(texts=texts)}", flush=True)
-        if cli.main(["experiment", *shlex.split(command.format(texts=texts)), "--experiments", str(EXPERIMENTS)]):
+        command = command.format(**needed)
+        print(f"python -m dpruner experiment {command}", flush=True)
+        if cli.main(["experiment", *shlex.split(command), "--experiments", str(EXPERIMENTS)]):
             continue
         for found in EXPERIMENTS.glob("*/results.parquet"):
             for name in ("experiment.json", "results.parquet"):
