@@ -79,10 +79,11 @@ def every_run(known: list[tuple[Run, dict]]) -> None:
         st.download_button("Config file", json.dumps(run.record, indent=1, ensure_ascii=False).encode(), f"{run.id}.json",
                            "application/json", key="run-config", icon=":material/download:", on_click="ignore",
                            help="All settings, versions and fingerprints; `python -m dpruner prune --config FILE` repeats the run.")
-    with delete.popover("Delete", icon=":material/delete:", disabled=status["state"] in ("queued", "running"),
+    # keys of the run's own: else the popover stays open for the next run in the list, and a double click deletes that one too
+    with delete.popover("Delete", key=f"run-delete-asked-{run.id}", icon=":material/delete:", disabled=status["state"] in ("queued", "running"),
                         help="A waiting or running run has to be cancelled first." if status["state"] in ("queued", "running") else None):
         st.markdown(f"Delete **{run.id}** and all its files? This cannot be undone.")
-        st.button("Yes, delete it", key="run-delete", type="primary", on_click=delete_run, args=(run,))
+        st.button("Yes, delete it", key=f"run-delete-{run.id}", type="primary", on_click=delete_run, args=(run,))
     with widgets.guarded():
         damaged = worker.damaged_files(run) if status["state"] == "done" else []
         if damaged:

@@ -394,10 +394,12 @@ def test_a_run_is_deleted_after_it_was_confirmed_and_never_while_it_runs(runs, s
     running = written(runs / "20300101-a", state="running")
     at = opened(shown=small.run.id)
     assert (runs / small.run.id).is_dir()
-    calm(at.button(key="run-delete").click().run())
+    deletes = [b.key for b in at.button if b.label == "Yes, delete it"]
+    calm(at.button(key=f"run-delete-{small.run.id}").click().run())
+    assert [b.key for b in at.button if b.label == "Yes, delete it"] != deletes, "a second click must not reach the next run"
     assert not list(runs.rglob(f"*{small.run.id}*"))
     calm(at.selectbox(key="run-shown").set_value(running.id).run())
-    calm(at.button(key="run-delete").click().run())
+    calm(at.button(key=f"run-delete-{running.id}").click().run())
     assert running.folder.is_dir() and at.error[-1].value == "The run 20300101-a is still going; cancel it first."
 
 
