@@ -6,7 +6,7 @@ import dataclasses
 import streamlit as st
 
 from analysis import experiments as figures
-from analysis.chart import listed
+from analysis.chart import listed, percent
 from app import data, state, widgets
 from dpruner import RunConfig, worker
 from dpruner.config import split_domain
@@ -84,7 +84,7 @@ def watch(experiment: Experiment) -> None:
         known = (experiment.folder / "status.json").is_file()
         status = worker.state(experiment) if known else {"state": "done" if is_whole(experiment) else "not started"}
         if status["state"] in ("queued", "running"):
-            st.progress(min(1.0, status["progress"]), f"{status['about'] or 'starting'} · {status['stage']} · {status['progress']:.0%}"
+            st.progress(min(1.0, status["progress"]), f"{status['about'] or 'starting'} · {status['stage']} · {percent(status['progress'], 0)}"
                         + (f" · about {duration(status['eta_seconds'])} left, by what is done so far" if status.get("eta_seconds") else ""))
             if st.button("Cancel", key="results-experiment-cancel", icon=":material/cancel:"):
                 worker.cancel(experiment)

@@ -8,7 +8,7 @@ import shutil
 
 import streamlit as st
 
-from analysis.chart import listed
+from analysis.chart import listed, percent
 from app import data, running, sofar, state, widgets
 from app.halves import Mask, where_they_part
 from dpruner import RunConfig, worker
@@ -47,7 +47,7 @@ def latest(run: Run) -> None:
                 where_they_part([Mask(d, run, m, d) for m, d in data.pairs(run) if m == method], None, data.places(run))
     if found["lambda"]:
         st.markdown("λ, the weight of general importance, changed " + ", ".join(
-            f"**{c['changed'] / c['of']:.2%}** of the mask decisions for {domain}" for domain, c in found["lambda"].items()) + ".")
+            f"**{percent(c['changed'] / c['of'], 2)}** of the mask decisions for {domain}" for domain, c in found["lambda"].items()) + ".")
     with st.container(horizontal=True):
         for page, icon in PAGES.items():
             st.page_link(f"views/{page}.py", label=page.capitalize(), icon=f":material/{icon}:", query_params={"run": run.id})
@@ -69,7 +69,7 @@ def every_run(known: list[tuple[Run, dict]]) -> None:
     runs = {run.id: (run, status) for run, status in known}
     chosen = st.selectbox("Run to look at", list(runs), key="run-shown")
     run, status = runs[chosen]
-    st.markdown(running.said(status) if status.get("error") else f"This run {running.said(status)}.")
+    st.markdown(running.said(status))
     with widgets.guarded():
         config = RunConfig.from_dict(run.config)
         st.markdown("**Copy as command**: repeats this run, bit for bit on the same machine.")

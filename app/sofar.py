@@ -9,7 +9,7 @@ import pandas as pd
 import streamlit as st
 
 from analysis import alike, heads, similarity
-from analysis.chart import Chart, listed
+from analysis.chart import Chart, listed, percent
 from app import data, widgets
 from dpruner import RunConfig, store, worker
 from dpruner.calibration import CATALOGUE
@@ -61,7 +61,7 @@ def purpose(config: RunConfig) -> str:
     """What a run is for, in a few sentences."""
     labels = labels_of(config)
     share = "of the whole model" if config.sparsity_of == "model" else "of its prunable weights"
-    said = (f"The model **{Path(config.model).name}** loses **{config.sparsity:.0%}** {share}, "
+    said = (f"The model **{Path(config.model).name}** loses **{percent(config.sparsity, 0)}** {share}, "
             f"{TIMES.get(len(labels), f'{len(labels)} times')}{', each time from the full model,' * (len(labels) > 1)} for "
             f"{listed([f'**{label}**' for label in labels])}. ")
     if "dpruner" in config.methods:
@@ -137,7 +137,7 @@ def _found(folder: str, files: tuple[tuple[str, float], ...]) -> Found | None:
     metrics = pd.concat(metrics, ignore_index=True)
     found = pairs(run, config, first)
     charts = {"heads": heads.head_squares(shares, labels, first), "pairs": alike.pair_dots(found) if len(found) else None}
-    changed = [f"**{r.value / r.n:.2%}** of the decisions for {r.domain}"
+    changed = [f"**{percent(r.value / r.n, 2)}** of the decisions for {r.domain}"
                for r in metrics[metrics.metric == "decisions changed by λ"].itertuples()]
     return Found({key: made for key, made in charts.items() if made is not None}, data.quality(metrics).fillna("…"),
                  f"The general importance, weighed by λ, changed {listed(changed)}." if changed else "")

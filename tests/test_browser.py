@@ -91,7 +91,7 @@ def started(visit) -> int:
 def test_the_demonstration_starts_by_itself_and_its_death_is_told_within_ten_seconds(visit):
     page = visit.page
     page.goto(visit.address)
-    says(page, "loses 50% of its prunable weights, three times, each time from the full model, for healthcare, legal and finance")
+    says(page, "loses 50 % of its prunable weights, three times, each time from the full model, for healthcare, legal and finance")
     says(page, "It reads finance, such as")
     calm(page)
     os.kill(started(visit), signal.SIGKILL)

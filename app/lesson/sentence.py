@@ -122,7 +122,7 @@ def sentence(run: Run) -> Callable[[], None] | None:
             "%{customdata[5]:.4g}", title=f"Score S of {name} at λ = {spelled}", quantity="S",
             chosen=(row, column), flipped=flipped[rows, columns], removed=~here["kept"][rows, columns],
             how=f"The brighter, the more this weight matters to the sentence and, as far as λ lets it, to the open domain. Crosses go at "
-                f"{prepare.SPARSITY:.0%}; outlined cells would have met the other fate at {COMPARED[against]}."),
+                f"{percent(prepare.SPARSITY, 0)}; outlined cells would have met the other fate at {COMPARED[against]}."),
             "learn-tile", on_select=lambda: take_click("learn-tile"), selection_mode="points")
     with right:
         tell = partial(told_counts, st.empty(), against, [("tile", flipped[rows, columns].sum(), flipped[rows, columns].size),

@@ -8,7 +8,7 @@ import streamlit as st
 import torch
 
 from analysis import comparisons, results, weights
-from analysis.chart import listed, number
+from analysis.chart import listed, number, percent
 from app import data, experiments, resident, state, widgets
 from dpruner import export, generate, metrics
 from dpruner.errors import InputError
@@ -27,7 +27,7 @@ if selected is None:
 run, method, domain = selected.run, selected.method, selected.domain
 mine = f"{method} for {domain}"
 if not data.own_masks(run, selected.sparsity):
-    st.caption(f"What was measured belongs to the run's own masks, at {run.config['sparsity']:.0%} sparsity; "
+    st.caption(f"What was measured belongs to the run's own masks, at {percent(run.config['sparsity'], 0)} sparsity; "
                "the slider at the left changes nothing here.")
 
 
@@ -147,8 +147,8 @@ def size_and_speed() -> None:
     places = st.columns(4)
     places[0].metric("Parameters", f"{total:,}")
     quiet = {"delta_color": "off", "delta_arrow": "off"}
-    places[1].metric("Prunable", f"{prunable:,}", f"{prunable / total:.1%} of all", **quiet)
-    places[2].metric("Removed (zero)", f"{removed:,}", f"{share:.1%} of prunable, {removed / total:.1%} of all", **quiet)
+    places[1].metric("Prunable", f"{prunable:,}", f"{percent(prunable / total)} of all", **quiet)
+    places[2].metric("Removed (zero)", f"{removed:,}", f"{percent(share)} of prunable, {percent(removed / total)} of all", **quiet)
     held = record["device"]["precision"]
     in_memory = total * getattr(torch, held).itemsize
     places[3].metric("In memory", bytes_of(in_memory), f"{held}, dense or pruned", **quiet,
@@ -207,7 +207,7 @@ def sizes(removed: int, measured: dict | None) -> None:
     widgets.chart(entitled(made, f"Bytes on disk, {mine} ({str(precision).removeprefix('torch.')})"), "results-bytes")
     st.caption("“As it is stored” and the mask are the files themselves; “kept weights + packed mask” is counted: what a format needs that leaves "
                "out the zeros and spends one bit on every prunable weight. "
-               + (f"Compression was measured with zlib on {measured['sampled']:.0%} of the weights." if measured else
+               + (f"Compression was measured with zlib on {percent(measured['sampled'], 0)} of the weights." if measured else
                   "Compression is measured with the button above."))
 
 
