@@ -137,6 +137,12 @@ def percent(share: float, digits: int = 1) -> str:
     return "unknown" if not math.isfinite(share) else f"{100 * share:.{digits}f} %"
 
 
+def signed(value: float, digits: int = 1) -> str:
+    """A difference with its sign, such as "−4.9"; without one where it rounds to nothing."""
+    shown = f"{value:+.{digits}f}"
+    return shown.replace("-", "−") if float(shown) else shown[1:]
+
+
 def cell_format(values, share: bool = False) -> str:
     """The d3 format in which values that differ look different: more digits where they lie close together.
 

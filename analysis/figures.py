@@ -190,8 +190,8 @@ def whole_model_chart(table: pd.DataFrame, sparsity: float, chosen: tuple[int, s
         None where every matrix keeps the same share. Models of more than seven modules get a heatmap.
     """
     title = f"What every matrix keeps when {percent(sparsity, 0)} of the whole model go at once"
-    how = (f"One threshold for all weights instead of one for each matrix: matrices above {percent(1 - sparsity, 0)} matter more than the "
-           f"average, those below less.")
+    how = (f"One threshold for all weights instead of one for each matrix: matrices above {percent(1 - sparsity, 0)} hold more of the "
+           f"highest scores, those below fewer.")
     if not informative(table["kept_share"]):
         return None
     if table["module"].nunique() > len(CATEGORIES):

@@ -7,6 +7,7 @@ from streamlit.testing.v1 import AppTest
 from pages import MAIN
 
 from analysis import results
+from analysis.chart import signed
 from app import data, state
 from dpruner import store
 
@@ -61,7 +62,7 @@ def test_the_page_says_so(run):
     said = "\n".join(m.value for m in page.markdown)
     for text in ("legal", "general"):
         gap = gaps["dense"][text]
-        assert f"that is **{100 * gap:+.1f} %** (95\u00a0%: {100 * gap.low:+.1f} to {100 * gap.high:+.1f}) against dense" in said
+        assert f"that is **{signed(100 * gap)} %** (95\u00a0%: {signed(100 * gap.low)} to {signed(100 * gap.high)}) against dense" in said
     (table,) = [d.value for d in page.dataframe if "against" in d.value]
     assert list(table.against) == ["dpruner", "dpruner", "random", "random"] and set(table["magnitude for legal is"]) <= {"better", "worse", "inside the noise"}
 
