@@ -19,10 +19,10 @@ from dpruner.store import Run
 
 NOW = {   # stage: what it means, in plain words
     "loading model and text": "the model and the texts are read.",
-    "general importance": "for every weight, what its loss would cost on ordinary text. One answer serves all domains.",
+    "general importance": "for every weight, what removing it would cost on ordinary text. One answer serves all domains.",
     "general fisher": "for every weight, how sharply the error on ordinary text grows with a change of it.",
     "domain fisher": "for every weight, how sharply the error on the domain's text grows with a change of it.",
-    "domain importance": "for every weight, what its loss would cost on text of this domain, by the model's own gradients there. Together "
+    "domain importance": "for every weight, what removing it would cost on text of this domain, by the model's own gradients there. Together "
                          "with the general importance this decides which weights go.",
     "masks and ranks": "the weights that matter least are marked to go, and the rank of every weight is written down.",
     "wanda": "the sizes of the inputs of every weight, for the method wanda.",
@@ -152,7 +152,7 @@ def pairs(run: Run, config: RunConfig, method: str) -> pd.DataFrame:
     """
     labels = labels_of(config)
     wanted = [((a, method, a), (b, method, b)) for i, a in enumerate(labels) for b in labels[i + 1:]]
-    wanted += [((labels[0], method, labels[0]), (f"the same by {other}", other, labels[0])) for other in config.methods if other != method]
+    wanted += [((labels[0], method, labels[0]), (f"{labels[0]} by {other}", other, labels[0])) for other in config.methods if other != method]
     found = []
     for pair in wanted:
         cut = [(of, f"{label}~{n}") for _, of, label in pair for n in (1, 2)] if pair[1][1] == method else []

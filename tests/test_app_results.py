@@ -38,8 +38,10 @@ def test_losses_are_what_the_perplexities_are_made_of(run):
 
 
 def test_what_is_of_this_run_stands_before_the_experiments(run):
-    order = [heading.value for heading in opened().subheader]
+    page = opened()
+    order = [heading.value for heading in page.subheader]
     assert order[-1] == "Experiments" and {"Size and speed", "Export the checkpoint", "All figures of this run"} <= set(order)
+    assert page.multiselect(key="results-values-sparsity").options[:2] == ["10 %", "20 %"], "a sparsity is a percentage, as everywhere on the pages"
 
 
 def test_differences_are_taken_on_the_same_windows(run):

@@ -289,7 +289,7 @@ def test_before_there_is_a_figure_it_says_what_is_done_and_shows_what_is_read(ru
     at = opened()
     assert ("The model **llama** loses **50 %** of its prunable weights, twice, each time from the full model, for **healthcare** and "
             "**legal**.") in words(at)
-    assert "**Now:** for every weight, what its loss would cost on text of this domain" in words(at) and not charts(at)
+    assert "**Now:** for every weight, what removing it would cost on text of this domain" in words(at) and not charts(at)
     assert [c.value for c in at.caption if "It reads" in c.value] == ["It reads **healthcare**, such as", "It reads **legal**, such as"]
     text = load_texts("legal")[0]
     assert at.text[1].value.endswith(" …") and text.split()[:9] == at.text[1].value.split()[:9]
@@ -305,7 +305,7 @@ def test_what_is_found_grows_with_every_file(runs, small):
     heads, pairs = charts(at).values()
     assert list(charts(at)) == ["What dpruner keeps of every attention head", "Every pair of masks between chance and sameness"]
     assert len(heads["data"]) == 2 and "legal</b><br>still to come" in heads["layout"]["annotations"][1]["text"]
-    assert "healthcare · the same by random" in str(pairs["layout"]["yaxis"]["categoryarray"])
+    assert "healthcare · healthcare by random" in str(pairs["layout"]["yaxis"]["categoryarray"])
     quality = next(d.value for d in at.dataframe if d.value.eq("…").any(axis=None))
     assert list(quality.columns) == ["Text", "Pruned for", "dense", "dpruner"]
     value = mine[(mine.text == "general") & (mine.metric == "perplexity")].value

@@ -204,7 +204,7 @@ def fall(table: pd.DataFrame, sparsity: float) -> Chart:
     ends = table.groupby("text", sort=False)["value"].agg(["first", "last"])
     told = listed(f"{text} text from {number(r['first'])} to {number(r['last'])}" for text, r in ends.iterrows())
     alt = f"Perplexity from 0 to 90 % sparsity: {told}."
-    how = "Long nothing happens, then everything at once: mind the logarithmic axis. Dashed lines are the dense model."
+    how = "For a long time nothing happens, then everything at once: mind the logarithmic axis. Dashed lines are the dense model."
     return Chart("Perplexity on text the pruning has not seen", figure, table.reset_index(drop=True), how, alt)
 
 

@@ -136,7 +136,7 @@ def sentence(run: Run) -> Callable[[], None] | None:
     formula(LATEX[name], {
         "w": f"a weight of `{told['name'].removesuffix('.weight')}`, as in step 2", "g": "its gradient: how fast the sentence's error "
                                                                                          "grows with the weight",
-        "u": "gradient times weight: to first order, what the error changes when the weight goes to zero",
+        "u": "gradient times weight: to first order, how the error changes when the weight goes to zero",
         "G": "general importance of the weight, as in step 2", r"\lambda": "the slider: how much the open domain has to say",
         "S": "the colour of the cell; of every matrix, the half with the lowest S goes", **MORE[name]})
     if read.text == prepare.SENTENCE:

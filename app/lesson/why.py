@@ -42,8 +42,8 @@ def why(run: Run) -> None:
                 "be stored or, with hardware that skips zeros, multiplied (step 9 says what that takes). A doctor's assistant and a lawyer's "
                 "need not keep the same ones: that is why one asks a domain.")
     st.markdown("Three versions of one small model go on with the same words. The second and the third have lost "
-                f"**{percent(found['sparsity'], 0)}** of the weights that can be pruned: as many of every matrix, but not the same ones. For the "
-                "second only text on anything and everything (the open domain) was asked what to keep, for the third text on "
+                f"**{percent(found['sparsity'], 0)}** of the weights that can be pruned: as many of every matrix, but not the same ones. What "
+                "the second keeps was decided by general text alone (the open domain), what the third keeps by text on "
                 f"{prepare.DOMAIN} as well.")
     quality = pd.DataFrame(found["quality"])
     for place, (name, words) in zip(st.columns(3), MODELS.items(), strict=True):

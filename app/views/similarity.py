@@ -185,7 +185,8 @@ def beside_open_domain(runs: list[Run], sparsity: float, measure: str) -> None:
         cut = halves(masks, sparsity, measure, "model").get("model") if masks else None
         found.append({"which pairs": which, f"{alike.MEASURE_NAMES[measure]}, mean": mean, "½ text: 2 domains": mean_pair(cut.other) if cut else None,
                       "½ text: 1 domain": mean_pair(cut.same) if cut else None})
-    st.dataframe(pd.DataFrame(found), hide_index=True, column_config={name: st.column_config.NumberColumn(format="%.4f") for name in list(found[0])[1:]})
+    st.dataframe(pd.DataFrame(found), hide_index=True, placeholder="",
+                 column_config={name: st.column_config.NumberColumn(format="%.4f") for name in list(found[0])[1:]})
     st.caption(f"½ text: from half the text each, where masks of two domains compare with those of one. {SAME_HELP}")
 
 
