@@ -179,7 +179,8 @@ def similarity_sides(sides: Mapping[str, np.ndarray], labels: Sequence[str], flo
     names, n = [plain(labels[i]) for i in at], len(labels)
     low = min(floor, *(float(v.min()) for v in values.values()))
     marks = {1.0: "the same", floor: f"random masks {floor:.3f}"}
-    figure = new_figure(height=150 + 46 * max(n, 4), coloraxis={"colorscale": AMOUNTS, "cmin": low, "cmax": 1, "colorbar": {
+    # the names of the squares stand above them
+    figure = new_figure(height=170 + 46 * max(n, 4), margin={"t": 34}, coloraxis={"colorscale": AMOUNTS, "cmin": low, "cmax": 1, "colorbar": {
         **colour_bar(""), "tickvals": list(marks), "ticktext": list(marks.values())}})
     y, x = (i.reshape(-1) for i in np.indices((n, n)))
     for k, (name, matrix) in enumerate(sides.items()):
