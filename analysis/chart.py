@@ -15,7 +15,8 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "solid")
 AMOUNTS, AROUND = "Cividis", "PuOr"   # for amounts, and where there is a middle
 FAINT = "rgba(128,128,128,0.25)"
-CELL_TEXT = {"weight": 700}   # figures in the cells of a heatmap: thin ones vanish on the middle of a colour scale; without a size they fit the cell, also on a phone
+# figures in the cells of a heatmap: thin ones vanish on the middle of a colour scale; without a size they fit the cell, also on a phone
+CELL_TEXT = {"weight": 700}
 INK = "#7d7d7d"   # text of exported figures, legible on white and on black; a page's theme puts its own in the template's place
 
 LEGEND = 40   # pixels that a legend takes above the axes; where there is one, a page's figure makes room for it by itself

@@ -95,7 +95,8 @@ def compensation(found: Compensation, inputs: Sequence[int]) -> Chart:
                         xaxis2={"domain": [0.76, 1], "anchor": "y2"}, yaxis2={"anchor": "x2", "side": "right"})
     changes = [_change(found, done) for done in range(steps)]
     weights, crosses, errors = changes[-1]   # complete before anybody presses Play
-    figure.add_trace(go.Heatmap(colorscale=AROUND, zmin=-most, zmax=most, xgap=1, ygap=1, texttemplate="%{text}", textfont=CELL_TEXT, showscale=False, **weights,
+    figure.add_trace(go.Heatmap(colorscale=AROUND, zmin=-most, zmax=most, xgap=1, ygap=1, texttemplate="%{text}", textfont=CELL_TEXT,
+                                showscale=False, **weights,
                                 hovertemplate="was %{customdata[0]:.4g}<br>moved by %{customdata[1]:.4g}<br>is %{z:.4g}<extra></extra>"))
     cross = {"symbol": "x-thin", "size": 14, "line": {"color": VERMILLION, "width": 3}}
     figure.add_trace(go.Scatter(mode="markers", hoverinfo="skip", marker=cross, **crosses))
@@ -125,9 +126,9 @@ def compensation(found: Compensation, inputs: Sequence[int]) -> Chart:
                           "removed": found.removed[r, c] & (c < done), "lost by zeros alone": found.plain[done], "lost with compensation": found.moved[done]})
     alt = (f"A block of {rows} × {across} weights in {steps} steps. In the end {int(found.removed.sum())} are removed: zeros alone lose "
            f"{percent(found.plain[-1], 2)} of the output's mean square, with compensation {percent(found.moved[-1], 2)}.")
-    how = ("Press Play, or move the slider. Numbers are weights, orange below zero and violet above. A cross is a removed weight; the columns to its right "
-           "move to make up for it, so their colours change. The bars say what the layer's output has lost so far, with the kept weights left alone and "
-           "with them moved. The first may even fall: the effects of two removed weights may cancel each other.")
+    how = ("Press Play, or move the slider. Numbers are weights, orange below zero and violet above. A cross is a removed weight; the columns to "
+           "its right move to make up for it, so their colours change. The bars say what the layer's output has lost so far, with the kept weights "
+           "left alone and with them moved. The first may even fall: the effects of two removed weights may cancel each other.")
     return Chart("Column by column: remove, and let the rest make up for it", figure, table, how, alt)
 
 

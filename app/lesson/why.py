@@ -54,8 +54,9 @@ def why(run: Run) -> None:
                 st.markdown(f"Perplexity on {row.text} text: **{number(row.value)}** ({number(row.low)} to {number(row.high)})")
     windows = " and ".join(f"{row.n} on {row.text} text" for row in quality[quality.method == "dense"].itertuples())
     st.caption("**How to read this:** a perplexity of 150 says that the model is as unsure of the next token as if it chose among 150 "
-               f"equally likely ones, on text it has not seen: lower is better. In brackets the 95 % interval. “Domain” here is {prepare.DOMAIN}. Texts "
-               f"are the most probable continuation, word by word. Measured on few windows of text, so that it is soon done ({windows}): the same as those of the demonstration run."
+               "equally likely ones, on text it has not seen: lower is better. In brackets the 95 % interval. “Domain” here is "
+               f"{prepare.DOMAIN}. Texts are the most probable continuation, word by word. Measured on few windows of text, so that it is "
+               f"soon done ({windows}): the same as those of the demonstration run."
                + surprise(quality))
     widgets.chart(comparisons.quality(quality.assign(method=quality.method.map(MODELS), domain=f"{prepare.DOMAIN} (where anything is pruned)")),
                   "learn-why-quality")
