@@ -47,7 +47,7 @@ def similarity_heatmap(matrix: np.ndarray, labels: Sequence[str], floor: float |
     low = min(base, float(values.min()))
     quantity = MEASURE_NAMES[measure]
     figure = new_figure(height=170 + 38 * max(len(names), 5), xaxis2={"domain": [0.86, 0.9], "visible": False, "range": [0, 1]},
-                        yaxis2={"anchor": "x2", "side": "left", "range": [low - 0.03, 1.03], "showgrid": False, "title": quantity})
+                        yaxis2={"anchor": "x2", "side": "left", "range": [low - 0.03, 1.03], "showgrid": False})
     ticks = {"tickvals": list(range(len(names))), "ticktext": [plain(n) for n in names], "showgrid": False, "constrain": "domain"}
     digits = "%{z:.3f}" if len(names) <= 8 else "%{z:.2f}" if len(names) <= 16 else None
     figure.add_trace(go.Heatmap(x=np.arange(len(names)), y=np.arange(len(names)), z=shown, colorscale=AMOUNTS, zmin=low, zmax=1,
@@ -59,7 +59,9 @@ def similarity_heatmap(matrix: np.ndarray, labels: Sequence[str], floor: float |
         f"%{{customdata[0]}} and %{{customdata[1]}}<br>{quantity} %{{customdata[2]:.4f}}<br>random masks: %{{customdata[3]:.4f}}"
         + ("" if ceiling is None else f"<br>{HALF}: %{{customdata[5]:.4f}},<br>of the same domain %{{customdata[4]:.4f}}"), size=24))
     _scale(figure, low, base, ceiling, others, values, [f"{plain(labels[i])} and {plain(labels[j])}" for i, j in zip(a, b, strict=True)])
-    figure.update_layout(xaxis={**ticks, "domain": [0, 0.72]}, yaxis={**ticks, "autorange": "reversed"}, margin={"r": 130})
+    figure.update_layout(xaxis={**ticks, "domain": [0, 0.72]}, yaxis={**ticks, "autorange": "reversed"}, margin={"r": 130, "t": 30})
+    # above the scale, and not along it, where a narrow page has no room beside the matrix
+    figure.add_annotation(xref="x2 domain", yref="paper", x=0.5, y=1.01, yanchor="bottom", text=quantity, showarrow=False)
     table = pd.DataFrame({"a": [labels[i] for i in a], "b": [labels[j] for j in b], measure: values, "floor": floors[a, b],
                           "halves": other[a, b], "ceiling": same[a, b]})
     least, most = (f"{labels[a[k]]} and {labels[b[k]]}, {values[k]:.3f}" for k in (values.argmin(), values.argmax()))
@@ -177,7 +179,8 @@ def similarity_sides(sides: Mapping[str, np.ndarray], labels: Sequence[str], flo
     names, n = [plain(labels[i]) for i in at], len(labels)
     low = min(floor, *(float(v.min()) for v in values.values()))
     marks = {1.0: "the same", floor: f"random masks {floor:.3f}"}
-    figure = new_figure(height=150 + 46 * max(n, 4), coloraxis={"colorscale": AMOUNTS, "cmin": low, "cmax": 1, "colorbar": {
+    # the names of the squares stand above them
+    figure = new_figure(height=170 + 46 * max(n, 4), margin={"t": 34}, coloraxis={"colorscale": AMOUNTS, "cmin": low, "cmax": 1, "colorbar": {
         **colour_bar(""), "tickvals": list(marks), "ticktext": list(marks.values())}})
     y, x = (i.reshape(-1) for i in np.indices((n, n)))
     for k, (name, matrix) in enumerate(sides.items()):
@@ -317,7 +320,8 @@ def _limit(figure: go.Figure, words: str, limit: np.ndarray, names: list[str], s
     if not informative(limit, 1e-3):
         value = float(limit[known].mean())
         figure.add_vline(x=value, line={"color": GREY, "width": 2, "dash": "dot"})
-        figure.add_annotation(x=value, yref="paper", y=1, text=f"{words} {value:.3f}", showarrow=False, xanchor=side, yanchor="bottom")
+        figure.add_annotation(x=value, yref="paper", y=1, yshift=14 * (side == "right"), text=f"{words} {value:.3f}", showarrow=False, xanchor=side,
+                              yanchor="bottom")   # one above the other: on a narrow page they would meet
         return
     figure.add_trace(go.Scatter(x=limit[known], y=[n for n, k in zip(names, known, strict=True) if k], mode="markers", name=words,
                                 marker={"symbol": "line-ns-open", "size": 16, "color": GREY, "line": {"width": 3}},

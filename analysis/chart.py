@@ -15,7 +15,8 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "solid")
 AMOUNTS, AROUND = "Cividis", "PuOr"   # for amounts, and where there is a middle
 FAINT = "rgba(128,128,128,0.25)"
-CELL_TEXT = {"size": 11, "weight": 700}   # figures in the cells of a heatmap: thin ones vanish on the middle of a colour scale
+# figures in the cells of a heatmap: thin ones vanish on the middle of a colour scale; without a size they fit the cell, also on a phone
+CELL_TEXT = {"weight": 700}
 INK = "#7d7d7d"   # text of exported figures, legible on white and on black; a page's theme puts its own in the template's place
 
 LEGEND = 40   # pixels that a legend takes above the axes; where there is one, a page's figure makes room for it by itself
@@ -135,6 +136,12 @@ def named_counts(table: pd.DataFrame, column: str) -> pd.DataFrame:
 def percent(share: float, digits: int = 1) -> str:
     """A share in words, such as "33.3 %"; "unknown" where it is NaN."""
     return "unknown" if not math.isfinite(share) else f"{100 * share:.{digits}f} %"
+
+
+def signed(value: float, digits: int = 1) -> str:
+    """A difference with its sign, such as "−4.9"; without one where it rounds to nothing."""
+    shown = f"{value:+.{digits}f}"
+    return shown.replace("-", "−") if float(shown) else shown[1:]
 
 
 def cell_format(values, share: bool = False) -> str:

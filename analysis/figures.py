@@ -58,8 +58,9 @@ def layer_heatmap(table: pd.DataFrame, column: str, *, title: str, quantity: str
     figure.add_trace(click_targets(
         blocks[at], [plain(modules[r]) for r in rows], columns(blocks[at], [modules[r] for r in rows], values[rows, at]),
         f"layer %{{x}}<br>%{{y}}<br>{plain(quantity)}: %{{customdata[2]:{'.2%' if share else '.4g'}}}"))
-    figure.update_xaxes(title="layer", showgrid=False, dtick=max(1, math.ceil(len(blocks) / 16)))
-    figure.update_yaxes(title="module", showgrid=False, autorange="reversed")
+    # ranges of their own: on a narrow page the click targets would widen the axes to layers that are none
+    figure.update_xaxes(title="layer", showgrid=False, dtick=max(1, math.ceil(len(blocks) / 16)), range=[blocks[0] - 0.5, blocks[-1] + 0.5])
+    figure.update_yaxes(title="module", showgrid=False, range=[len(modules) - 0.5, -0.5])
     if chosen is not None and chosen[1] in modules:
         x, y = chosen[0], modules.index(chosen[1])
         figure.add_shape(type="rect", x0=x - 0.5, x1=x + 0.5, y0=y - 0.5, y1=y + 0.5, line={"color": VERMILLION, "width": 3})
@@ -190,8 +191,8 @@ def whole_model_chart(table: pd.DataFrame, sparsity: float, chosen: tuple[int, s
         None where every matrix keeps the same share. Models of more than seven modules get a heatmap.
     """
     title = f"What every matrix keeps when {percent(sparsity, 0)} of the whole model go at once"
-    how = (f"One threshold for all weights instead of one for each matrix: matrices above {percent(1 - sparsity, 0)} matter more than the "
-           f"average, those below less.")
+    how = (f"One threshold for all weights instead of one for each matrix: matrices above {percent(1 - sparsity, 0)} hold more of the "
+           f"highest scores, those below fewer.")
     if not informative(table["kept_share"]):
         return None
     if table["module"].nunique() > len(CATEGORIES):
@@ -359,7 +360,7 @@ def region_bars(kept: pd.DataFrame, sparsity: float, a: str, b: str, third: str,
         customdata=columns(kept["kept"], kept["weights"]), showlegend=False,
         hovertemplate="kept by %{y}<br>%{customdata[0]:,} of %{customdata[1]:,} weights (%{x:.2%})<extra></extra>"))
     figure.add_trace(go.Scatter(x=[1.01] * len(named), y=[plain(n) for n in named], mode="text", textposition="middle right",
-                                text=[f"{percent(s)} of {n:,}" for s, n in zip(kept["kept_share"], kept["weights"], strict=True)],
+                                text=[f"{percent(s)}<br>of {n:,}" for s, n in zip(kept["kept_share"], kept["weights"], strict=True)],
                                 hoverinfo="skip", showlegend=False))
     figure.add_vline(x=1 - sparsity, line={"color": VERMILLION, "dash": "dash"})
     figure.update_xaxes(title=f"share that {plain(third)} keeps", tickformat=".0%", range=[0, 1.3], tickvals=[0, 0.25, 0.5, 0.75, 1])

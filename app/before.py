@@ -2,7 +2,7 @@
 
 import streamlit as st
 
-from analysis.chart import listed
+from analysis.chart import listed, percent
 from app import data, state, uploads, widgets
 from dpruner import RunConfig, estimate, worker
 from dpruner.model import count_weights, decoder_blocks, max_length, skipped_weights
@@ -71,7 +71,7 @@ def show_model(config: RunConfig, model) -> None:
     prunable, total = count_weights(model)
     blocks = len(decoder_blocks(model)[1])
     st.markdown(f":material/check_circle: **{type(model).__name__}** can be pruned: {blocks} blocks, {prunable:,} of {total:,} weights "
-                f"({prunable / total:.0%}).")
+                f"({percent(prunable / total, 0)}).")
     if left := skipped_weights(model):
         st.caption(f"Left alone: {sum(left.values()):,} weights in the blocks that are no plain linear layers, such as "
                    f"`{next(iter(left))}`.")
@@ -82,6 +82,6 @@ def start(config: RunConfig, ready: bool) -> None:
     if st.button("Start", type="primary", icon=":material/play_arrow:", disabled=not ready, key="run-start", width="stretch"):
         with widgets.guarded():
             run = worker.submit(config, state.RUNS, state.CACHE)
-            st.toast(f"{run.id} is queued.", icon=":material/play_circle:")
+            st.session_state["_run-started"] = run.id   # the page goes to its top, where the run is seen
             st.rerun()
     st.caption("A run is a process of its own: the browser may be closed meanwhile. A device works on one run at a time; others wait.")

@@ -6,7 +6,7 @@ import dataclasses
 import streamlit as st
 
 from analysis import experiments as figures
-from analysis.chart import listed
+from analysis.chart import listed, percent
 from app import data, state, widgets
 from dpruner import RunConfig, worker
 from dpruner.config import split_domain
@@ -47,7 +47,8 @@ def begin(run: Run) -> None:
     left, button = st.columns([4, 1], vertical_alignment="bottom")
     name = left.selectbox("Question", list(DESIGNS), key="results-question", format_func=lambda n: DESIGNS[n].question)
     design, config = DESIGNS[name], RunConfig.from_dict(run.config)
-    values = st.multiselect(f"At ({design.axis})", list(design.values), list(design.values), key=f"results-values-{name}")
+    values = st.multiselect(f"At ({design.axis})", list(design.values), list(design.values), key=f"results-values-{name}",
+                            format_func=lambda value: in_words(design.axis, value))
     shared = dataclasses.replace(config, compensate=None)
     with widgets.guarded():
         question = asked(name, shared, values=values or None)
@@ -66,8 +67,13 @@ def told(experiment: Experiment) -> str:
     record, axis = experiment.record, experiment.design.axis
     config = record["config"]
     parts = [experiment.design.question, listed(split_domain(d)[0] for d in config["domains"])]
-    parts += [] if axis == "sparsity" else [f"sparsity {config['sparsity']:g}"]
-    return " · ".join([*parts, f"{axis} {', '.join(map(str, record['values']))}", experiment.id.rpartition("-")[2]])
+    parts += [] if axis == "sparsity" else [f"sparsity {in_words('sparsity', config['sparsity'])}"]
+    return " · ".join([*parts, f"{axis} {', '.join(in_words(axis, value) for value in record['values'])}", experiment.id.rpartition("-")[2]])
+
+
+def in_words(axis: str, value) -> str:
+    """A point of an experiment: a sparsity is a percentage, as everywhere on the pages."""
+    return f"{100 * value:g} %" if axis == "sparsity" else str(value)
 
 
 def is_whole(experiment: Experiment) -> bool:
@@ -84,14 +90,14 @@ def watch(experiment: Experiment) -> None:
         known = (experiment.folder / "status.json").is_file()
         status = worker.state(experiment) if known else {"state": "done" if is_whole(experiment) else "not started"}
         if status["state"] in ("queued", "running"):
-            st.progress(min(1.0, status["progress"]), f"{status['about'] or 'starting'} · {status['stage']} · {status['progress']:.0%}"
+            st.progress(min(1.0, status["progress"]), f"{status['about'] or 'starting'} · {status['stage']} · {percent(status['progress'], 0)}"
                         + (f" · about {duration(status['eta_seconds'])} left, by what is done so far" if status.get("eta_seconds") else ""))
             if st.button("Cancel", key="results-experiment-cancel", icon=":material/cancel:"):
                 worker.cancel(experiment)
         elif status["state"] != "done":
             error = status.get("error")
             st.info(f"It failed. {error['what']}: {error['why']}; {error['what to do']}." if error else f"It is {status['state']}.")
-            if st.button("Go on", key="results-experiment-resume", icon=":material/resume:"):
+            if st.button("Resume", key="results-experiment-resume", icon=":material/resume:"):
                 worker.submit_experiment(experiment, state.CACHE)
         if (experiment.folder / "results.parquet").is_file():
             show(experiment)
@@ -114,6 +120,6 @@ def show(experiment: Experiment) -> None:
             widgets.chart(figures.measured(table, experiment.design.axis, *of), "experiment-measured")
     with st.expander("All figures of this experiment"):
         st.code(command(experiment), language="bash", wrap_lines=True)
-        st.dataframe(table, hide_index=True)
+        st.dataframe(table, hide_index=True, placeholder="")
         st.download_button("Figures (CSV)", table.to_csv(index=False).encode(), f"{experiment.id}.csv", "text/csv", key="experiment-csv",
                            on_click="ignore")

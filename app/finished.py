@@ -8,7 +8,7 @@ import shutil
 
 import streamlit as st
 
-from analysis.chart import listed
+from analysis.chart import listed, percent
 from app import data, running, sofar, state, widgets
 from app.halves import Mask, where_they_part
 from dpruner import RunConfig, worker
@@ -47,7 +47,7 @@ def latest(run: Run) -> None:
                 where_they_part([Mask(d, run, m, d) for m, d in data.pairs(run) if m == method], None, data.places(run))
     if found["lambda"]:
         st.markdown("λ, the weight of general importance, changed " + ", ".join(
-            f"**{c['changed'] / c['of']:.2%}** of the mask decisions for {domain}" for domain, c in found["lambda"].items()) + ".")
+            f"**{percent(c['changed'] / c['of'], 2)}** of the mask decisions for {domain}" for domain, c in found["lambda"].items()) + ".")
     with st.container(horizontal=True):
         for page, icon in PAGES.items():
             st.page_link(f"views/{page}.py", label=page.capitalize(), icon=f":material/{icon}:", query_params={"run": run.id})
@@ -69,7 +69,7 @@ def every_run(known: list[tuple[Run, dict]]) -> None:
     runs = {run.id: (run, status) for run, status in known}
     chosen = st.selectbox("Run to look at", list(runs), key="run-shown")
     run, status = runs[chosen]
-    st.markdown(running.said(status) if status.get("error") else f"This run {running.said(status)}.")
+    st.markdown(running.said(status))
     with widgets.guarded():
         config = RunConfig.from_dict(run.config)
         st.markdown("**Copy as command**: repeats this run, bit for bit on the same machine.")
@@ -79,10 +79,11 @@ def every_run(known: list[tuple[Run, dict]]) -> None:
         st.download_button("Config file", json.dumps(run.record, indent=1, ensure_ascii=False).encode(), f"{run.id}.json",
                            "application/json", key="run-config", icon=":material/download:", on_click="ignore",
                            help="All settings, versions and fingerprints; `python -m dpruner prune --config FILE` repeats the run.")
-    with delete.popover("Delete", icon=":material/delete:", disabled=status["state"] in ("queued", "running"),
+    # keys of the run's own: else the popover stays open for the next run in the list, and a double click deletes that one too
+    with delete.popover("Delete", key=f"run-delete-asked-{run.id}", icon=":material/delete:", disabled=status["state"] in ("queued", "running"),
                         help="A waiting or running run has to be cancelled first." if status["state"] in ("queued", "running") else None):
         st.markdown(f"Delete **{run.id}** and all its files? This cannot be undone.")
-        st.button("Yes, delete it", key="run-delete", type="primary", on_click=delete_run, args=(run,))
+        st.button("Yes, delete it", key=f"run-delete-{run.id}", type="primary", on_click=delete_run, args=(run,))
     with widgets.guarded():
         damaged = worker.damaged_files(run) if status["state"] == "done" else []
         if damaged:

@@ -7,6 +7,7 @@ import pandas as pd
 import streamlit as st
 
 from analysis import figures, similarity
+from analysis.chart import signed
 from app import data, state, widgets
 from dpruner.store import Run
 
@@ -75,5 +76,5 @@ def where_they_part(masks: list[Mask], sparsity: float | None, places: pd.DataFr
             "difference, the higher the more it does. A click chooses the matrix, here and on the other pages."),
         key, on_select=lambda: state.choose_matrix(key), selection_mode="points")
     most, least = table.loc[table.gap.idxmax()], table.loc[table.gap.idxmin()]
-    st.markdown(f"The domains part most in layer {most.block}, {most.module} ({most.gap:+.3f}), least in layer {least.block}, {least.module} "
-                f"({least.gap:+.3f}).")
+    st.markdown(f"The domains part most in layer {most.block}, {most.module} ({signed(most.gap, 3)}), least in layer {least.block}, {least.module} "
+                f"({signed(least.gap, 3)}).")

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import streamlit as st
 import torch
 
+from analysis.chart import percent
 from analysis.sparsity import at_least, threshold
 from app import data
 from dpruner.config import RunConfig
@@ -126,7 +127,7 @@ def masks_at(run: Run, method: str, domain: str, sparsity: float) -> Mapping[str
     if not path.is_file():
         raise InputError(f"{method} can be shown at its own sparsity only",
                          "its scores exist only while it prunes, so the run keeps no ranks",
-                         f"set the sparsity to {run.config['sparsity']:.0%}, or choose another method")
+                         f"set the sparsity to {percent(run.config['sparsity'], 0)}, or choose another method")
     with opened(path) as file:
         return {n: torch.from_numpy(at_least(file.get_tensor(n).numpy(), threshold(sparsity))) for n in file.keys()}
 

@@ -2,6 +2,7 @@
 
 import streamlit as st
 
+from analysis.chart import percent
 from app import sofar, state, widgets
 from dpruner import store, worker
 from dpruner.errors import InputError
@@ -49,8 +50,8 @@ def said(status: dict) -> str:
     """A status as a sentence."""
     if error := status.get("error"):
         return f"{error['what']}: {error['why']}; {error['what to do']}."
-    return {"queued": "waits", "running": f"is running ({status.get('progress', 0):.0%})", "done": "is finished",
-            "cancelled": "was cancelled"}[status["state"]]
+    return {"done": "This run is finished.", "cancelled": "This run was cancelled."}.get(
+        status["state"], "This run is not over: the top of the page shows how far it is.")
 
 
 def show_active(run: Run, status: dict) -> None:
@@ -67,9 +68,10 @@ def show_active(run: Run, status: dict) -> None:
                       help="End this run; what it has finished stays in its folder.")
         if status["state"] == "running":
             at = f"{status['stage']} · {status['about']}".strip(" ·")
-            left = f"about {duration(status['eta_seconds'])} left" if status["eta_seconds"] else "time left: known in a moment"
+            left = (f"about {duration(status['eta_seconds'])} left" if status["eta_seconds"] else
+                    "nearly done" if status["progress"] >= 1 else "time left: known in a moment")
             st.progress(min(1.0, max(0.0, status["progress"])),
-                        f"{at} · step {min(status['done'] + 1, status['total'])} of {status['total']} · {status['progress']:.0%} · {left}")
+                        f"{at} · step {min(status['done'] + 1, status['total'])} of {status['total']} · {percent(status['progress'], 0)} · {left}")
         if status["state"] == "running" or not status.get("ahead"):   # what it is about is there while its process still starts
             sofar.show(run, status)
         if st.toggle("Log", key=f"run-log-{run.id}", help="What the process of this run has printed"):

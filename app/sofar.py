@@ -9,7 +9,7 @@ import pandas as pd
 import streamlit as st
 
 from analysis import alike, heads, similarity
-from analysis.chart import Chart, listed
+from analysis.chart import Chart, listed, percent
 from app import data, widgets
 from dpruner import RunConfig, store, worker
 from dpruner.calibration import CATALOGUE
@@ -19,10 +19,10 @@ from dpruner.store import Run
 
 NOW = {   # stage: what it means, in plain words
     "loading model and text": "the model and the texts are read.",
-    "general importance": "for every weight, what its loss would cost on ordinary text. One answer serves all domains.",
+    "general importance": "for every weight, what removing it would cost on ordinary text. One answer serves all domains.",
     "general fisher": "for every weight, how sharply the error on ordinary text grows with a change of it.",
     "domain fisher": "for every weight, how sharply the error on the domain's text grows with a change of it.",
-    "domain importance": "for every weight, what its loss would cost on text of this domain, by the model's own gradients there. Together "
+    "domain importance": "for every weight, what removing it would cost on text of this domain, by the model's own gradients there. Together "
                          "with the general importance this decides which weights go.",
     "masks and ranks": "the weights that matter least are marked to go, and the rank of every weight is written down.",
     "wanda": "the sizes of the inputs of every weight, for the method wanda.",
@@ -61,7 +61,7 @@ def purpose(config: RunConfig) -> str:
     """What a run is for, in a few sentences."""
     labels = labels_of(config)
     share = "of the whole model" if config.sparsity_of == "model" else "of its prunable weights"
-    said = (f"The model **{Path(config.model).name}** loses **{config.sparsity:.0%}** {share}, "
+    said = (f"The model **{Path(config.model).name}** loses **{percent(config.sparsity, 0)}** {share}, "
             f"{TIMES.get(len(labels), f'{len(labels)} times')}{', each time from the full model,' * (len(labels) > 1)} for "
             f"{listed([f'**{label}**' for label in labels])}. ")
     if "dpruner" in config.methods:
@@ -137,7 +137,7 @@ def _found(folder: str, files: tuple[tuple[str, float], ...]) -> Found | None:
     metrics = pd.concat(metrics, ignore_index=True)
     found = pairs(run, config, first)
     charts = {"heads": heads.head_squares(shares, labels, first), "pairs": alike.pair_dots(found) if len(found) else None}
-    changed = [f"**{r.value / r.n:.2%}** of the decisions for {r.domain}"
+    changed = [f"**{percent(r.value / r.n, 2)}** of the decisions for {r.domain}"
                for r in metrics[metrics.metric == "decisions changed by λ"].itertuples()]
     return Found({key: made for key, made in charts.items() if made is not None}, data.quality(metrics).fillna("…"),
                  f"The general importance, weighed by λ, changed {listed(changed)}." if changed else "")
@@ -152,7 +152,7 @@ def pairs(run: Run, config: RunConfig, method: str) -> pd.DataFrame:
     """
     labels = labels_of(config)
     wanted = [((a, method, a), (b, method, b)) for i, a in enumerate(labels) for b in labels[i + 1:]]
-    wanted += [((labels[0], method, labels[0]), (f"the same by {other}", other, labels[0])) for other in config.methods if other != method]
+    wanted += [((labels[0], method, labels[0]), (f"{labels[0]} by {other}", other, labels[0])) for other in config.methods if other != method]
     found = []
     for pair in wanted:
         cut = [(of, f"{label}~{n}") for _, of, label in pair for n in (1, 2)] if pair[1][1] == method else []

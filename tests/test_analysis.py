@@ -938,6 +938,7 @@ def test_a_users_words_are_words_and_no_markup():
     assert text.startswith("&lt;b&gt;x&lt;/b&gt; &amp; co")
     assert chart.listed(["a"]) == "a" and chart.listed("abc") == "a, b and c" and chart.listed(range(12)).endswith("and 4 more")
     assert chart.percent(math.nan) == "unknown" and chart.percent(1 / 3) == "33.3 %" and chart.number(12345.0) == "12,345"
+    assert (chart.signed(-4.94), chart.signed(-0.04), chart.signed(0.0123, 3)) == ("−4.9", "0.0", "+0.012"), "a true minus, and none before nothing"
 
 
 def test_matrices_of_a_large_model_fit_into_a_page():

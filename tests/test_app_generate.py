@@ -126,7 +126,7 @@ def test_sampling_uses_one_seed_for_all(run):
 def test_earlier_texts_stay_and_say_what_they_are_from(run):
     at = go(opened(**{"generate-beside": []}))
     at.session_state["generate-prompt"] = "Another"
-    assert "These texts are from earlier settings: dense and dpruner for legal at 50%, “The law of the land”." in words(calm(at.run()))
+    assert "These texts are from earlier settings: dense and dpruner for legal at 50 %, “The law of the land”." in words(calm(at.run()))
     assert "Perplexity **" in words(at)
 
 
@@ -155,7 +155,7 @@ def test_what_cannot_be_generated_is_one_sentence_and_the_rest_goes_on(run):
     run.path("ranks", "random", "legal").unlink()
     at = go(opened(**{"sparsity": 30, "generate-beside": ["random for legal"]}))
     assert [e.value for e in at.error] == ["random for legal: random can be shown at its own sparsity only: its scores exist only while it prunes, "
-                                           "so the run keeps no ranks; set the sparsity to 50%, or choose another method."]
+                                           "so the run keeps no ranks; set the sparsity to 50 %, or choose another method."]
     assert "Parts from dense" in words(at)
     run.path("masks", "random", "legal").write_bytes(b"no tensors")
     at = go(opened(**{"generate-beside": ["random for legal"]}))

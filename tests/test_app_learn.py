@@ -82,6 +82,7 @@ def test_every_step_is_complete_without_a_click(learn, step):
     assert not page.error and f"{STEPS.index(step) + 1}. " in page.subheader[0].value
     said = words(page)
     assert "Try." in said and "Check yourself." in said and "On my run" in said
+    assert not [c.value for c in page.caption if "{" in c.value], "a name that was not filled in"
     assert step == "Predict" or page.get("plotly_chart")
     assert page.latex and len(page.expander) == 1 and len(page.expander[0].markdown[0].value) > 80   # a formula, and an answer
     assert max((len(e.proto.spec) for e in page.get("plotly_chart")), default=0) < 1_000_000

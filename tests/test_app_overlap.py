@@ -94,6 +94,7 @@ def test_what_lambda_changed(run):
     metrics = run.metrics()
     stored = metrics[(metrics.metric == "decisions changed by λ") & (metrics.domain == "legal")]
     assert f"**{int(stored.value.iloc[0]):,}** of {int(stored.n.iloc[0]):,} decisions" in words(page)
+    assert "it changes" not in words(page) and "it changes" in words(opened(sparsity=75)), "the run's own count is not said twice"
     domain, dual = ({n: r >= 128 for n, r in side.items()} for side in sides(run, "domain", "dpruner"))
     changed = cells(figure(page, "overlap-changed"))
     assert changed == pytest.approx({split_name(n): (domain[n] ^ dual[n]).mean() for n in domain})

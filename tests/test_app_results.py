@@ -7,6 +7,7 @@ from streamlit.testing.v1 import AppTest
 from pages import MAIN
 
 from analysis import results
+from analysis.chart import signed
 from app import data, state
 from dpruner import store
 
@@ -37,8 +38,10 @@ def test_losses_are_what_the_perplexities_are_made_of(run):
 
 
 def test_what_is_of_this_run_stands_before_the_experiments(run):
-    order = [heading.value for heading in opened().subheader]
+    page = opened()
+    order = [heading.value for heading in page.subheader]
     assert order[-1] == "Experiments" and {"Size and speed", "Export the checkpoint", "All figures of this run"} <= set(order)
+    assert page.multiselect(key="results-values-sparsity").options[:2] == ["10 %", "20 %"], "a sparsity is a percentage, as everywhere on the pages"
 
 
 def test_differences_are_taken_on_the_same_windows(run):
@@ -61,7 +64,7 @@ def test_the_page_says_so(run):
     said = "\n".join(m.value for m in page.markdown)
     for text in ("legal", "general"):
         gap = gaps["dense"][text]
-        assert f"that is **{100 * gap:+.1f} %** (95\u00a0%: {100 * gap.low:+.1f} to {100 * gap.high:+.1f}) against dense" in said
+        assert f"that is **{signed(100 * gap)} %** (95\u00a0%: {signed(100 * gap.low)} to {signed(100 * gap.high)}) against dense" in said
     (table,) = [d.value for d in page.dataframe if "against" in d.value]
     assert list(table.against) == ["dpruner", "dpruner", "random", "random"] and set(table["magnitude for legal is"]) <= {"better", "worse", "inside the noise"}
 

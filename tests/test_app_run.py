@@ -105,7 +105,7 @@ def test_the_newest_finished_run_is_summed_up(runs, small):
                                          "Half text: same domain": f"{found['ceiling']:.3f}"}]
     assert any(m.value == f"##### {PARTING}" for m in at.markdown) and "The domains part most in layer" in words(at)
     changed = small.summary["lambda"]["legal"]
-    assert f"**{changed['changed'] / changed['of']:.2%}** of the mask decisions for legal" in words(at)
+    assert f"**{100 * changed['changed'] / changed['of']:.2f} %** of the mask decisions for legal" in words(at)
 
 
 def test_a_waiting_and_a_running_run_say_where_they_are(runs):
@@ -116,8 +116,10 @@ def test_a_waiting_and_a_running_run_say_where_they_are(runs):
     at = opened(**{"log-20300101-a": True})
     assert "**20300102-b** waits: 2 runs before it on cpu." in words(at)
     bar = at.get("progress")[0]
-    assert bar.proto.value == 42 and bar.proto.text == "domain importance · legal · step 4 of 8 · 42% · about 2 min left"
+    assert bar.proto.value == 42 and bar.proto.text == "domain importance · legal · step 4 of 8 · 42 % · about 2 min left"
     assert "first\nlast words" in words(at)
+    written(runs / "20300101-a", state="running", progress=1.0, eta_seconds=0.0)
+    assert calm(at.run()).get("progress")[0].proto.text.endswith("100 % · nearly done")
 
 
 @pytest.fixture
@@ -285,9 +287,9 @@ def charts(at: AppTest) -> dict[str, dict]:
 def test_before_there_is_a_figure_it_says_what_is_done_and_shows_what_is_read(runs, small):
     growing(runs, small, {})
     at = opened()
-    assert ("The model **llama** loses **50%** of its prunable weights, twice, each time from the full model, for **healthcare** and "
+    assert ("The model **llama** loses **50 %** of its prunable weights, twice, each time from the full model, for **healthcare** and "
             "**legal**.") in words(at)
-    assert "**Now:** for every weight, what its loss would cost on text of this domain" in words(at) and not charts(at)
+    assert "**Now:** for every weight, what removing it would cost on text of this domain" in words(at) and not charts(at)
     assert [c.value for c in at.caption if "It reads" in c.value] == ["It reads **healthcare**, such as", "It reads **legal**, such as"]
     text = load_texts("legal")[0]
     assert at.text[1].value.endswith(" …") and text.split()[:9] == at.text[1].value.split()[:9]
@@ -303,7 +305,7 @@ def test_what_is_found_grows_with_every_file(runs, small):
     heads, pairs = charts(at).values()
     assert list(charts(at)) == ["What dpruner keeps of every attention head", "Every pair of masks between chance and sameness"]
     assert len(heads["data"]) == 2 and "legal</b><br>still to come" in heads["layout"]["annotations"][1]["text"]
-    assert "healthcare · the same by random" in str(pairs["layout"]["yaxis"]["categoryarray"])
+    assert "healthcare · healthcare by random" in str(pairs["layout"]["yaxis"]["categoryarray"])
     quality = next(d.value for d in at.dataframe if d.value.eq("…").any(axis=None))
     assert list(quality.columns) == ["Text", "Pruned for", "dense", "dpruner"]
     value = mine[(mine.text == "general") & (mine.metric == "perplexity")].value
@@ -394,10 +396,13 @@ def test_a_run_is_deleted_after_it_was_confirmed_and_never_while_it_runs(runs, s
     running = written(runs / "20300101-a", state="running")
     at = opened(shown=small.run.id)
     assert (runs / small.run.id).is_dir()
-    calm(at.button(key="run-delete").click().run())
+    deletes = [b.key for b in at.button if b.label == "Yes, delete it"]
+    calm(at.button(key=f"run-delete-{small.run.id}").click().run())
+    assert [b.key for b in at.button if b.label == "Yes, delete it"] != deletes, "a second click must not reach the next run"
     assert not list(runs.rglob(f"*{small.run.id}*"))
     calm(at.selectbox(key="run-shown").set_value(running.id).run())
-    calm(at.button(key="run-delete").click().run())
+    assert "This run is not over: the top of the page shows how far it is." in words(at)
+    calm(at.button(key=f"run-delete-{running.id}").click().run())
     assert running.folder.is_dir() and at.error[-1].value == "The run 20300101-a is still going; cancel it first."
 
 
@@ -421,6 +426,7 @@ def test_start_submits_what_the_fields_say(runs, submitted):
     assert submitted == [RunConfig(domains=("legal", "code"), methods=("dpruner", "wanda"), sparsity=0.6, formula="taylor", lam=0.3,
                                    nsamples=5, halves=False, dtype="bfloat16", baseline_calibration="mix", memory="16GB", eval_documents=10)]
     assert "**20300101-000001-new** waits" in words(at)
+    assert at.session_state["_run-started"] == "20300101-000001-new", "the page goes to its top, where the run is seen"
 
 
 def test_a_negative_weight_of_the_general_side_is_refused(runs, submitted):
@@ -593,7 +599,7 @@ def test_too_little_memory_is_said_with_what_would_help(runs, monkeypatch):
 
 def test_the_card_knows_the_model_and_says_what_zeros_are_worth(runs):
     said = words(opened())
-    assert "**LlamaForCausalLM** can be pruned: 8 blocks, 9,912,320 of 12,539,200 weights (79%)." in said
+    assert "**LlamaForCausalLM** can be pruned: 8 blocks, 9,912,320 of 12,539,200 weights (79 %)." in said
     assert "neither smaller nor faster" in said
 
 

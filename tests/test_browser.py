@@ -91,7 +91,7 @@ def started(visit) -> int:
 def test_the_demonstration_starts_by_itself_and_its_death_is_told_within_ten_seconds(visit):
     page = visit.page
     page.goto(visit.address)
-    says(page, "loses 50% of its prunable weights, three times, each time from the full model, for healthcare, legal and finance")
+    says(page, "loses 50 % of its prunable weights, three times, each time from the full model, for healthcare, legal and finance")
     says(page, "It reads finance, such as")
     calm(page)
     os.kill(started(visit), signal.SIGKILL)
@@ -113,10 +113,11 @@ def test_a_run_is_started_by_the_form_and_its_progress_moves(visit):
     page.get_by_role("button", name="Start", exact=True).click()
     wait_for(lambda: newest(visit).id != before)
     visit.run = newest(visit)
+    wait_for(lambda: page.evaluate("document.querySelector('[data-testid=stMain]').scrollTop") == 0, 10)   # where the run is seen
     assert RunConfig.from_dict(visit.run.config) == RunConfig(
         domains=("healthcare", "legal"), methods=("dpruner", "magnitude"), nsamples=8, seqlen=64, eval_documents=1)
     bar, seen = page.locator("[data-testid=stProgress]"), set()
-    wait_for(lambda: seen.add(re.search(r"\d+%", bar.inner_text())[0]) or len(seen) >= 3)   # it moves before the visitor's eyes
+    wait_for(lambda: seen.add(re.search(r"\d+ %", bar.inner_text())[0]) or len(seen) >= 3)   # it moves before the visitor's eyes
     process = psutil.Process(started(visit))
     process.suspend()   # the story must not end before its middle has been told
     says(page, f"{visit.run.id} is running.")
@@ -129,7 +130,7 @@ def test_a_reload_and_a_second_browser_find_the_run_and_another_one_waits_visibl
     second = visit.chromium.new_context(**SIZE).new_page()
     second.goto(visit.address)
     says(second, f"{visit.run.id} is running.")
-    share = re.search(r"\d+%", second.locator("[data-testid=stProgress]").inner_text())[0]
+    share = re.search(r"\d+ %", second.locator("[data-testid=stProgress]").inner_text())[0]
     assert share in page.locator("[data-testid=stProgress]").inner_text()
     second.get_by_role("button", name="Start", exact=True).click()
     for window in (second, page):
@@ -230,6 +231,27 @@ def test_the_buttons_of_a_figure_cover_no_words(width, visit):
         settled(page)
         assert page.locator(".modebar-btn").count() >= 4 and page.locator(".legend .traces").count() >= (view != "similarity")
         assert page.evaluate(COVERED) == [], view
+    page.context.close()
+
+
+NARROW = """() => {   // words of figures that lie over each other, or stick out of their figure
+    const words = selector => [...document.querySelectorAll(selector)].filter(e => e.textContent.trim())
+        .map(e => [e.getBoundingClientRect(), e.textContent, e.closest(".svg-container")])
+    const over = ([a, , of], [b, , too]) => of === too && a.left < b.right - 2 && b.left < a.right - 2 && a.top < b.bottom - 2 && b.top < a.bottom - 2
+    const cells = words(".heatmap-label text"), notes = words(".annotation text"), ends = words(".textpoint text")
+    const met = [cells, notes].flatMap(some => some.filter((a, i) => some.some((b, j) => j > i && over(a, b))))
+    const cut = ends.filter(([box, , figure]) => box.right > figure.getBoundingClientRect().right + 1)
+    return [...met, ...cut].map(([, text]) => text)
+}"""
+
+
+def test_words_of_figures_keep_apart_on_a_phone(visit):
+    page = visit.chromium.new_context(viewport={"width": 420, "height": 900}).new_page()
+    for name in ("layers", "overlap", "similarity"):
+        page.goto(f"{visit.address}/{name}")
+        page.locator(".svg-container").first.wait_for()
+        settled(page)
+        assert page.evaluate(NARROW) == [], name
     page.context.close()
 
 

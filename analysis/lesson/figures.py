@@ -91,14 +91,14 @@ def compensation(found: Compensation, inputs: Sequence[int]) -> Chart:
     """
     steps, rows, across = found.weights.shape
     most = float(np.abs(found.weights).max())
-    figure = new_figure(height=470, showlegend=False, margin={"t": 20, "b": 110},
+    figure = new_figure(height=510, showlegend=False, margin={"t": 64, "b": 110},
                         xaxis2={"domain": [0.76, 1], "anchor": "y2"}, yaxis2={"anchor": "x2", "side": "right"})
     changes = [_change(found, done) for done in range(steps)]
     weights, crosses, errors = changes[-1]   # complete before anybody presses Play
-    figure.add_trace(go.Heatmap(colorscale=AROUND, zmin=-most, zmax=most, xgap=1, ygap=1, texttemplate="%{text}", textfont=CELL_TEXT | {"size": 10},
-                                colorbar={**colour_bar("weight"), "x": 0.67, "len": 0.9, "title": {"text": "weight", "side": "top"}}, **weights,
+    figure.add_trace(go.Heatmap(colorscale=AROUND, zmin=-most, zmax=most, xgap=1, ygap=1, texttemplate="%{text}", textfont=CELL_TEXT,
+                                showscale=False, **weights,
                                 hovertemplate="was %{customdata[0]:.4g}<br>moved by %{customdata[1]:.4g}<br>is %{z:.4g}<extra></extra>"))
-    cross = {"symbol": "x-thin", "size": 20, "line": {"color": VERMILLION, "width": 3}}
+    cross = {"symbol": "x-thin", "size": 14, "line": {"color": VERMILLION, "width": 3}}
     figure.add_trace(go.Scatter(mode="markers", hoverinfo="skip", marker=cross, **crosses))
     figure.add_trace(go.Bar(x=["zeros<br>alone", "kept ones<br>move"], xaxis="x2", yaxis="y2", marker={"color": [ORANGE, BLUE]},
                             textposition="outside", cliponaxis=False, hovertemplate="%{y:.3%}<extra></extra>", **errors))
@@ -108,16 +108,16 @@ def compensation(found: Compensation, inputs: Sequence[int]) -> Chart:
         for done, change in enumerate(changes)]
     instant = {"duration": 0}
     figure.update_layout(
-        xaxis={"domain": [0, 0.66], "title": "column (input of the layer)", "showgrid": False, "tickvals": list(range(across)),
+        xaxis={"domain": [0, 0.7], "title": "column (input of the layer)", "showgrid": False, "tickvals": list(range(across)),
                "ticktext": [str(i) for i in inputs]},
         yaxis={"title": "row (output)", "showgrid": False, "autorange": "reversed", "dtick": 1},
         xaxis2={"showgrid": False}, yaxis2={"title": "share of the output lost", "tickformat": ".0%" if found.plain.max() > 0.05 else ".1%",
                                             "range": [0, 1.15 * max(found.plain.max(), 1e-9)]},
         updatemenus=[{"type": "buttons", "direction": "left", "showactive": False, "bgcolor": "rgba(0,0,0,0)", "font": {"color": INK, "weight": 700}, "x": 0,
-                      "y": -0.24, "xanchor": "left", "yanchor": "top", "pad": {"r": 8}, "buttons": [
+                      "y": 1.06, "xanchor": "left", "yanchor": "bottom", "buttons": [
             {"label": "▶ Play", "method": "animate", "args": [None, {"frame": {"duration": 700, "redraw": True}, "transition": instant, "fromcurrent": True}]},
             {"label": "❚❚ Pause", "method": "animate", "args": [[None], {"mode": "immediate", "frame": {**instant, "redraw": False}}]}]}],
-        sliders=[{"active": steps - 1, "x": 0.22, "len": 0.44, "y": -0.2, "currentvalue": {"prefix": "columns done: "}, "steps": [
+        sliders=[{"active": steps - 1, "x": 0, "len": 0.7, "y": -0.2, "currentvalue": {"prefix": "columns done: "}, "steps": [
             {"label": str(done), "method": "animate", "args": [[str(done)], {"mode": "immediate", "transition": instant,
                                                                             "frame": {"duration": 0, "redraw": True}}]}
             for done in range(steps)]}])
@@ -126,8 +126,9 @@ def compensation(found: Compensation, inputs: Sequence[int]) -> Chart:
                           "removed": found.removed[r, c] & (c < done), "lost by zeros alone": found.plain[done], "lost with compensation": found.moved[done]})
     alt = (f"A block of {rows} × {across} weights in {steps} steps. In the end {int(found.removed.sum())} are removed: zeros alone lose "
            f"{percent(found.plain[-1], 2)} of the output's mean square, with compensation {percent(found.moved[-1], 2)}.")
-    how = ("Press Play, or move the slider. A cross is a removed weight; the columns to its right move to make up for it, so their colours "
-           "change. The bars say what the layer's output has lost so far, with the kept weights left alone and with them moved. The first may even fall: what two removed weights did can have cancelled.")
+    how = ("Press Play, or move the slider. Numbers are weights, orange below zero and violet above. A cross is a removed weight; the columns to "
+           "its right move to make up for it, so their colours change. The bars say what the layer's output has lost so far, with the kept weights "
+           "left alone and with them moved. The first may even fall: the effects of two removed weights may cancel each other.")
     return Chart("Column by column: remove, and let the rest make up for it", figure, table, how, alt)
 
 
@@ -204,7 +205,7 @@ def fall(table: pd.DataFrame, sparsity: float) -> Chart:
     ends = table.groupby("text", sort=False)["value"].agg(["first", "last"])
     told = listed(f"{text} text from {number(r['first'])} to {number(r['last'])}" for text, r in ends.iterrows())
     alt = f"Perplexity from 0 to 90 % sparsity: {told}."
-    how = "Long nothing happens, then everything at once: mind the logarithmic axis. Dashed lines are the dense model."
+    how = "For a long time nothing happens, then everything at once: mind the logarithmic axis. Dashed lines are the dense model."
     return Chart("Perplexity on text the pruning has not seen", figure, table.reset_index(drop=True), how, alt)
 
 

@@ -40,7 +40,7 @@ def predict(run: Run) -> None:
     table = pairs_of(counts, domains)
     names = [f"{a} and {b}" for a, b in zip(table.a, table.b, strict=True)]
     best = names[int(table.jaccard.argmax())]
-    st.markdown(f"All masks here remove {prepare.SPARSITY:.0%} of every matrix. Guess first.")
+    st.markdown(f"All masks here remove {percent(prepare.SPARSITY, 0)} of every matrix. Guess first.")
 
     with st.container(border=True):
         random = similarity.pairs(counts.only([label for label in counts.labels if label.startswith("random")]))

@@ -122,7 +122,7 @@ def sentence(run: Run) -> Callable[[], None] | None:
             "%{customdata[5]:.4g}", title=f"Score S of {name} at λ = {spelled}", quantity="S",
             chosen=(row, column), flipped=flipped[rows, columns], removed=~here["kept"][rows, columns],
             how=f"The brighter, the more this weight matters to the sentence and, as far as λ lets it, to the open domain. Crosses go at "
-                f"{prepare.SPARSITY:.0%}; outlined cells would have met the other fate at {COMPARED[against]}."),
+                f"{percent(prepare.SPARSITY, 0)}; outlined cells would have met the other fate at {COMPARED[against]}."),
             "learn-tile", on_select=lambda: take_click("learn-tile"), selection_mode="points")
     with right:
         tell = partial(told_counts, st.empty(), against, [("tile", flipped[rows, columns].sum(), flipped[rows, columns].size),
@@ -136,7 +136,7 @@ def sentence(run: Run) -> Callable[[], None] | None:
     formula(LATEX[name], {
         "w": f"a weight of `{told['name'].removesuffix('.weight')}`, as in step 2", "g": "its gradient: how fast the sentence's error "
                                                                                          "grows with the weight",
-        "u": "gradient times weight: to first order, what the error changes when the weight goes to zero",
+        "u": "gradient times weight: to first order, how the error changes when the weight goes to zero",
         "G": "general importance of the weight, as in step 2", r"\lambda": "the slider: how much the open domain has to say",
         "S": "the colour of the cell; of every matrix, the half with the lowest S goes", **MORE[name]})
     if read.text == prepare.SENTENCE:

@@ -6,7 +6,7 @@ import pandas as pd
 import streamlit as st
 
 from analysis import comparisons, results, tiles
-from analysis.chart import number
+from analysis.chart import number, percent
 from analysis.lesson import figures, prepare
 from app import widgets
 from app.lesson import job
@@ -42,8 +42,8 @@ def why(run: Run) -> None:
                 "be stored or, with hardware that skips zeros, multiplied (step 9 says what that takes). A doctor's assistant and a lawyer's "
                 "need not keep the same ones: that is why one asks a domain.")
     st.markdown("Three versions of one small model go on with the same words. The second and the third have lost "
-                f"**{found['sparsity']:.0%}** of the weights that can be pruned: as many of every matrix, but not the same ones. For the "
-                "second only text on anything and everything (the open domain) was asked what to keep, for the third text on "
+                f"**{percent(found['sparsity'], 0)}** of the weights that can be pruned: as many of every matrix, but not the same ones. What "
+                "the second keeps was decided by general text alone (the open domain), what the third keeps by text on "
                 f"{prepare.DOMAIN} as well.")
     quality = pd.DataFrame(found["quality"])
     for place, (name, words) in zip(st.columns(3), MODELS.items(), strict=True):
@@ -54,13 +54,14 @@ def why(run: Run) -> None:
                 st.markdown(f"Perplexity on {row.text} text: **{number(row.value)}** ({number(row.low)} to {number(row.high)})")
     windows = " and ".join(f"{row.n} on {row.text} text" for row in quality[quality.method == "dense"].itertuples())
     st.caption("**How to read this:** a perplexity of 150 says that the model is as unsure of the next token as if it chose among 150 "
-               "equally likely ones, on text it has not seen: lower is better. In brackets the 95 % interval. “Domain” here is {prepare.DOMAIN}. Texts are the most probable continuation, "
-               f"word by word. Measured on few windows of text, so that it is soon done ({windows}): the same as those of the demonstration run."
+               "equally likely ones, on text it has not seen: lower is better. In brackets the 95 % interval. “Domain” here is "
+               f"{prepare.DOMAIN}. Texts are the most probable continuation, word by word. Measured on few windows of text, so that it is "
+               f"soon done ({windows}): the same as those of the demonstration run."
                + surprise(quality))
     widgets.chart(comparisons.quality(quality.assign(method=quality.method.map(MODELS), domain=f"{prepare.DOMAIN} (where anything is pruned)")),
                   "learn-why-quality")
     formula(r"\text{remove } \lfloor s\cdot n\rceil \text{ of the } n \text{ weights of every matrix: those with the lowest score } S", {
-        "s": f"sparsity, the share that is removed: {found['sparsity']:.0%} here", "n": "weights of the matrix; ⌊ ⌉ rounds to a whole number",
+        "s": f"sparsity, the share that is removed: {percent(found['sparsity'], 0)} here", "n": "weights of the matrix; ⌊ ⌉ rounds to a whole number",
         "S": "a score for every weight. The second model asks only what open-domain text loses without the weight; the third asks the "
              "domain as well. How, is the rest of this lesson"})
 
@@ -126,7 +127,7 @@ def cost(run: Run) -> None:
     found = job.table(run, "cost.json")
     ratio, low, high = results.speed_ratio(found["speeds"]["dense"], found["speeds"]["pruned"])
     speeds = pd.DataFrame(found["speeds"])
-    st.markdown(f"**{found['removed']:,}** weights of the model are zero now ({found['sparsity']:.0%} of those that can be pruned). What "
+    st.markdown(f"**{found['removed']:,}** weights of the model are zero now ({percent(found['sparsity'], 0)} of those that can be pruned). What "
                 "does that buy?")
     places = st.columns(3)
     quiet = {"delta_color": "off", "delta_arrow": "off"}
@@ -140,7 +141,7 @@ def cost(run: Run) -> None:
                                                            "kept this "
                                "machine busy. The page Results measures again."))
     widgets.chart(comparisons.bytes_bars(pd.DataFrame(found["sizes"])), "learn-cost-bytes")
-    st.caption(f"Compression is what zlib leaves of {found['sampled']:.0%} of the weights, measured; “kept weights + packed mask” is "
+    st.caption(f"Compression is what zlib leaves of {percent(found['sampled'], 0)} of the weights, measured; “kept weights + packed mask” is "
                "counted.")
     formula(r"y_i = \sum_j W_{ij}\,x_j \qquad\text{costs}\qquad \text{out}\times\text{in multiplications, whether or not } W_{ij}=0", {
         "x_j,\\ y_i": "inputs and outputs of a linear, in and out of them",

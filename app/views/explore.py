@@ -16,6 +16,7 @@ from dpruner.masks import BINS
 from dpruner.store import Run
 
 ALONE = "nothing"
+DIFFER = "on which they differ"
 SIZES = (16, 32, 64)
 LARGE = 10**9   # weights from which all matrices are compared on demand only: it reads gigabytes
 WINDOW_HELP = "The window shows single weights from here on. Rows are the outputs of the matrix, columns its inputs; both count from 0."
@@ -122,7 +123,8 @@ def all_matrices(look: Look, selected: state.Selection) -> None:
         table = similarity.pairs(counts, "matrix").set_index("group")[["jaccard", "floor"]]
         made = figures.overlap_heatmap(places.join(table).reset_index(), look.masks[0].name, look.masks[1].name, chosen=chosen)
         if made is None:
-            st.info("Both masks keep the same share of what either keeps in every matrix: a picture would have one colour.")
+            st.info("The two masks are the same, weight by weight." if (table.jaccard == 1).all() else
+                    "Both masks keep the same share of what either keeps in every matrix: a picture would have one colour.")
             return
     st.caption("A click chooses the matrix, here and on the other pages.")
     widgets.chart(made, "explore-matrices", on_select=lambda: state.choose_matrix("explore-matrices"), selection_mode="points")
@@ -164,19 +166,19 @@ def jump_to_head(cell, look: Look, head: tuple[str, int] | None) -> None:
 
 def whole_matrix(look: Look, rows: slice, columns: slice) -> None:
     """The whole matrix, reduced; a click moves the window."""
-    names = [f"{mask.name} keeps" for mask in look.masks]
-    options = ["they differ", *names] if len(names) == 2 else names
+    names = [f"that {mask.name} keeps" for mask in look.masks]
+    options = [DIFFER, *names] if len(names) == 2 else names
     if st.session_state.get("explore-show", options[0]) not in options:
         st.session_state["explore-show"] = options[0]
-    show = st.radio("Share of weights that", options, key="explore-show", bind="query-params", horizontal=True)
+    show = st.radio("Share of weights", options, key="explore-show", bind="query-params", horizontal=True)
     counts = data.glance(look.files, look.matrix, look.at, look.flipped)
-    shares = counts.shares(counts.differ if show == "they differ" else counts.kept[names.index(show)])
+    shares = counts.shares(counts.differ if show == DIFFER else counts.kept[names.index(show)])
 
     def click() -> None:
         if found := state.clicked("explore-overview"):
             st.session_state["explore-row"], st.session_state["explore-column"] = int(found[0]), int(found[2])
 
-    quantity = "share on which they differ" if show == "they differ" else "share kept"
+    quantity = f"share {DIFFER}" if show == DIFFER else "share kept"
     made = tiles.mask_overview(*shares, title=f"The whole matrix: {look.words}", quantity=quantity, frame=(
         rows.start, rows.stop - 1, columns.start, columns.stop - 1), how=(
         f"{look.shape[0]:,} rows by {look.shape[1]:,} columns, each cell the weights of a small rectangle. The frame is the window below; a click "

@@ -8,7 +8,7 @@ import pandas as pd
 import streamlit as st
 
 from analysis import comparisons, generation
-from analysis.chart import counted, listed
+from analysis.chart import counted, listed, percent
 from app import data, resident, state, widgets
 from app.resident import DENSE
 from dpruner import generate
@@ -262,7 +262,7 @@ def columns(count: int) -> list:
 
 
 def about(wanted: dict, of: Run) -> str:
-    at = f"{wanted['sparsity']:.0%}"
+    at = percent(wanted['sparsity'], 0)
     if data.own_masks(of, wanted["sparsity"]):
         return f"At **{at}** sparsity: the run's own masks" + (", with the kept weights it moved." if of.config["compensate"] else ".")
     return (f"At **{at}** sparsity: masks cut from the run's ranks, one threshold for each matrix"
@@ -282,7 +282,7 @@ if result is None:
     st.info("Press **Generate**: the texts appear here, column by column, each token coloured by how little its model expected it.")
 else:
     if {key: result[key] for key in wanted} != wanted:
-        st.info(f"These texts are from earlier settings: {listed(result['variants'])} at {result['sparsity']:.0%}, "
+        st.info(f"These texts are from earlier settings: {listed(result['variants'])} at {percent(result['sparsity'], 0)}, "
                 f"“{result['prompt'][:60]}”. Press **Generate** for the present ones.", icon=":material/history:")
     for problem in result["problems"]:
         st.error(problem, icon=":material/error:")

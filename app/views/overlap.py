@@ -164,8 +164,9 @@ def lambdas() -> None:
     table = whole_model("domain", "dpruner", "lambda")
     if table is not None:
         whole = overlap.at_sparsity(table, selected.sparsity, "model").iloc[0]
-        st.markdown(f"At {removed} % sparsity with one threshold for each matrix, it changes **{percent(whole.changed)}** of the decisions "
-                    f"of the whole model:")
+        if not (len(stored) and data.own_masks(run, selected.sparsity) and config["granularity"] == "matrix"):   # else it was just said
+            st.markdown(f"At {removed} % sparsity with one threshold for each matrix, it changes **{percent(whole.changed)}** of the decisions "
+                        f"of the whole model:")
         clickable(figures.overlap_heatmap(overlap.at_sparsity(table, selected.sparsity), DOMAIN, DUAL, "changed", where), "overlap-changed")
     if config["formula"] != "balanced" or not lam > 0:
         st.caption("What another λ would have changed does not follow from what the run keeps: that takes the formula *balanced* and a λ "

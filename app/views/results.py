@@ -8,7 +8,7 @@ import streamlit as st
 import torch
 
 from analysis import comparisons, results, weights
-from analysis.chart import listed, number
+from analysis.chart import listed, number, percent, signed
 from app import data, experiments, resident, state, widgets
 from dpruner import export, generate, metrics
 from dpruner.errors import InputError
@@ -27,7 +27,7 @@ if selected is None:
 run, method, domain = selected.run, selected.method, selected.domain
 mine = f"{method} for {domain}"
 if not data.own_masks(run, selected.sparsity):
-    st.caption(f"What was measured belongs to the run's own masks, at {run.config['sparsity']:.0%} sparsity; "
+    st.caption(f"What was measured belongs to the run's own masks, at {percent(run.config['sparsity'], 0)} sparsity; "
                "the slider at the left changes nothing here.")
 
 
@@ -52,7 +52,7 @@ def quality() -> None:
     """Every method beside the dense model, in the domain and outside it."""
     table = results.against_dense(data.metrics(run), domain)
     if table.empty:
-        st.info("This run has not been evaluated, so there is no quality to show. Start it again with *evaluate* switched on.")
+        st.info("This run has not been evaluated, so there is no quality to show. Start it again with *Measure perplexity* switched on.")
         return
     figures, words = data.metrics(run), kinds(table)
     rows = figures[(figures.metric == results.PERPLEXITY) & (figures.domain == domain)]
@@ -62,8 +62,8 @@ def quality() -> None:
     for r in table[table.method == method].itertuples():
         gap = gaps[resident.DENSE][r.text]
         st.markdown(f"- **{mine}** on {words[r.text]}: {number(r.value)} ({number(r.low)} to {number(r.high)}), dense {number(r.dense)} "
-                    f"({number(r.dense_low)} to {number(r.dense_high)}). On the same {gap.n} windows that is **{100 * gap:+.1f} %** (95\u00a0%: "
-                    f"{100 * gap.low:+.1f} to {100 * gap.high:+.1f}) against dense: {VERDICTS[metrics.verdict(metrics.PERPLEXITY, gap)]}.")
+                    f"({number(r.dense_low)} to {number(r.dense_high)}). On the same {gap.n} windows that is **{signed(100 * gap)} %** (95\u00a0%: "
+                    f"{signed(100 * gap.low)} to {signed(100 * gap.high)}) against dense: {VERDICTS[metrics.verdict(metrics.PERPLEXITY, gap)]}.")
     beside(gaps, words)
     if min(gap.n for found in gaps.values() for gap in found.values()) < FEW:
         st.caption(f"**Fewer than {FEW} windows** are few: take such a verdict as a hint. A run with more held-out documents says more.")
@@ -74,7 +74,7 @@ def quality() -> None:
 
 def beside(gaps: dict[str, dict], words: dict[str, str]) -> None:
     """The selected method against every other one, window by window."""
-    rows = [{"on": words[text], "against": other, "perplexity differs by": f"{100 * gap:+.1f} %", "95 % interval": f"{100 * gap.low:+.1f} to {100 * gap.high:+.1f} %",
+    rows = [{"on": words[text], "against": other, "perplexity differs by": f"{signed(100 * gap)} %", "95 % interval": f"{signed(100 * gap.low)} to {signed(100 * gap.high)} %",
              "windows": gap.n, f"{mine} is": metrics.verdict(metrics.PERPLEXITY, gap)} for other, found in gaps.items() for text, gap in found.items()
             if other != resident.DENSE and text in words]
     if rows:
@@ -97,7 +97,8 @@ def over_sparsity() -> None:
         st.caption(f"Left out, because they were judged on other held-out windows: {listed(left_out, 4)}.")
     if table[table.method != results.DENSE].sparsity.nunique() < 2:
         st.info(f"All finished runs of this model for {domain} have one sparsity. Start a run at another one, "
-                "judged on as many held-out documents, on the page **Run**: they meet here.")
+                "judged on as many held-out documents, on the page **Run**: they meet here. Or start the experiment *How much can go, and by which "
+                "method?* at the foot of this page.")
         return
     made = comparisons.quality(table.assign(method=table.series), x="sparsity", series="method")
     widgets.chart(entitled(made, f"Perplexity on {text} text against sparsity, pruned for {domain}"), "results-sparsity")
@@ -147,8 +148,8 @@ def size_and_speed() -> None:
     places = st.columns(4)
     places[0].metric("Parameters", f"{total:,}")
     quiet = {"delta_color": "off", "delta_arrow": "off"}
-    places[1].metric("Prunable", f"{prunable:,}", f"{prunable / total:.1%} of all", **quiet)
-    places[2].metric("Removed (zero)", f"{removed:,}", f"{share:.1%} of prunable, {removed / total:.1%} of all", **quiet)
+    places[1].metric("Prunable", f"{prunable:,}", f"{percent(prunable / total)} of all", **quiet)
+    places[2].metric("Removed (zero)", f"{removed:,}", f"{percent(share)} of prunable, {percent(removed / total)} of all", **quiet)
     held = record["device"]["precision"]
     in_memory = total * getattr(torch, held).itemsize
     places[3].metric("In memory", bytes_of(in_memory), f"{held}, dense or pruned", **quiet,
@@ -207,7 +208,7 @@ def sizes(removed: int, measured: dict | None) -> None:
     widgets.chart(entitled(made, f"Bytes on disk, {mine} ({str(precision).removeprefix('torch.')})"), "results-bytes")
     st.caption("“As it is stored” and the mask are the files themselves; “kept weights + packed mask” is counted: what a format needs that leaves "
                "out the zeros and spends one bit on every prunable weight. "
-               + (f"Compression was measured with zlib on {measured['sampled']:.0%} of the weights." if measured else
+               + (f"Compression was measured with zlib on {percent(measured['sampled'], 0)} of the weights." if measured else
                   "Compression is measured with the button above."))
 
 
@@ -243,8 +244,8 @@ def checkpoint() -> None:
     st.markdown(f"The model with the mask of **{mine}** as a folder for `AutoModelForCausalLM.from_pretrained`: dense safetensors with zeros, "
                 "tokenizer, the mask, and a model card with what was measured.")
     if method == "dpruner" and run.config["compensate"] != "walk":
-        st.caption("This run left the kept weights " + ("as they are" if not run.config["compensate"] else "to be moved afterwards")
-                   + ". For a model to be used, start one with *a model to use* on the page Run: it keeps more of what the model knew.")
+        st.caption("This run " + ("left the kept weights as they are" if not run.config["compensate"] else
+                                  "moved the kept weights after the mask was chosen") + ". For a model to be used, start one with *a model to use* on the page Run: it keeps more of what the model knew.")
     default = f"{run.id}-{method}-{domain}"
     name = st.text_input("Folder name", default, key=f"results-folder-{default}", max_chars=120, help=f"It is made in {exports}.")
     if st.button("Export", key="results-export", icon=":material/save:"):
@@ -285,7 +286,7 @@ def table() -> None:
     """metrics.parquet as it is."""
     st.subheader("All figures of this run")
     figures = data.metrics(run)
-    st.dataframe(figures, hide_index=True, height=320)
+    st.dataframe(figures, hide_index=True, height=320, placeholder="")
     take_csv("metrics.csv", figures.to_csv(index=False), f"{run.id}-metrics.csv", "results-metrics-csv")
     st.caption("One row for each figure: for which mask (method, domain), on which text, its value with a 95 % interval where it is estimated, "
                "and n, how many windows of text or weights it rests on.")

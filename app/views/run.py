@@ -6,6 +6,7 @@ from app import before, finished, form, running, widgets
 
 st.title("Run")
 st.caption("Prune a model for your domains, and see which weights each of them needs.")
+widgets.to_top(st.session_state.get("_run-started", ""))
 running.happening()
 
 runs = running.statuses()

@@ -64,7 +64,7 @@ def verdict(matrix: np.ndarray, floor: np.ndarray, cut: similarity.Halves | None
     same, other = of_halves
     cells[2].metric("½ text: 2 domains", f"{other:.3f}", help=OTHER_HELP)
     cells[3].metric("½ text: 1 domain", f"{same:.3f}", help=SAME_HELP)
-    cells[4].metric("From random to same", percent(similarity.of_the_way(other, base, same)),
+    cells[4].metric("Floor to ceiling", percent(similarity.of_the_way(other, base, same)),
                     help="Where two domains lie between the floor (0 %) and the ceiling (100 %), from half the text each. At 100 %, they differ no more "
                          "than two samples of one domain's text would make them.")
 
@@ -95,21 +95,20 @@ def conclusion(cut: similarity.Halves) -> None:
     n, clear, gap = int(known.sum()), int((least > most)[known].sum()), float((same - other)[known].mean())
     st.markdown(f"On equal terms, from half the text each, two domains share **{abs(gap):.3f} {'less' if gap > 0 else 'more'}** than the two halves of "
                 f"one, on average. {in_pairs(clear, n)}"
-                + (" So it is where the subject of the text shows in the masks; by chance alone it would be so of one pair in 15." if clear else
+                + (" That is to be expected where the subject of the text shows in the masks; by chance alone it would happen in one pair of 15." if clear else
                    " On these texts no difference between domains shows. More calibration text, or a higher sparsity, may tell them apart."))
 
 
 def in_pairs(clear: int, n: int) -> str:
-    """In how many pairs of domains the halves keep to their own."""
+    """In how many pairs of domains even the less alike halves of one domain are more alike than any two of different domains."""
     if n == 1:
-        return f"**{'No' if clear else 'A'}** half of the one domain is as near to the other domain as to its own."
-    return f"In **{clear} of {n} pairs** no half of the one domain is as near to the other domain as to its own."
+        return ("The two masks of each domain **are** more alike" if clear else "Not all masks of one domain are more alike") + " than any two of different domains."
+    return f"In **{clear} of {n} pairs** of domains the two masks of each are more alike than any two of different ones."
 
 
 def the_map(counts: similarity.Counts, measure: str, masks: list[Mask], which: str) -> None:
     """The masks as points in the plane."""
-    if len(counts.labels) < 3:
-        st.info(f"A map needs at least three masks; there are {len(counts.labels)}. How alike they are is the number above.")
+    if len(counts.labels) < 3:   # how alike two are is a number
         return
     points, shown = similarity.domain_points(similarity.similarity(counts, measure)["model"], counts.labels)
     if which == "all":
@@ -186,7 +185,8 @@ def beside_open_domain(runs: list[Run], sparsity: float, measure: str) -> None:
         cut = halves(masks, sparsity, measure, "model").get("model") if masks else None
         found.append({"which pairs": which, f"{alike.MEASURE_NAMES[measure]}, mean": mean, "½ text: 2 domains": mean_pair(cut.other) if cut else None,
                       "½ text: 1 domain": mean_pair(cut.same) if cut else None})
-    st.dataframe(pd.DataFrame(found), hide_index=True, column_config={name: st.column_config.NumberColumn(format="%.4f") for name in list(found[0])[1:]})
+    st.dataframe(pd.DataFrame(found), hide_index=True, placeholder="",
+                 column_config={name: st.column_config.NumberColumn(format="%.4f") for name in list(found[0])[1:]})
     st.caption(f"½ text: from half the text each, where masks of two domains compare with those of one. {SAME_HELP}")
 
 
