@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from dpruner import distributed, memory, offload
+from dpruner.errors import InputError
 from dpruner.hessian import Hessian
 from dpruner.masks import as_rows, precise
 from dpruner.model import decoder_blocks, linears_of, require_batches, stored_transposed
@@ -201,7 +202,7 @@ def walk(model: nn.Module, calibrations: list[list[torch.Tensor]], visit: Callab
         checkpoint: where results and the inputs of the next block are kept after a block, and from which an earlier walk is continued.
 
     Raises:
-        InputError: a calibration set is empty or too long for the model.
+        InputError: a calibration set is empty or too long for the model, or the model overflows on it.
     """
     for batches in calibrations:
         require_batches(model, batches)
@@ -234,6 +235,7 @@ def _walk(model, calibrations, visit, results, update, stage, progress, checkpoi
                 rows = {n: _rows_of(linears[n]) for n in names}
                 like = rows[names[0]]
                 of_sets = [distributed.add_up((found.get(names) or Hessian(like.shape[1])).to(like)) for found in hessians]
+                _require_finite(of_sets, names[0])
                 new = visit(rows, of_sets) if visit else rows
                 for n in names if update else ():
                     as_rows(linears[n].weight.data, stored_transposed(linears[n])).copy_(new[n])
@@ -247,6 +249,17 @@ def _walk(model, calibrations, visit, results, update, stage, progress, checkpoi
         checkpoint.offer(index + 1, lambda: {_HIDDEN.format(k, j): x for k, (hidden, _) in enumerate(sets) for j, x in enumerate(hidden)},
                          {f"{what} {n}": found[n] for what, found in results.items() for n in linears})
     progress(stage, len(blocks), len(blocks))
+
+
+def _require_finite(hessians: list[Hessian], name: str) -> None:
+    """Refuse text on which the model overflows.
+
+    Raises:
+        InputError: names a linear into which NaN or infinite values flow.
+    """
+    if not all(torch.isfinite(h.total.diagonal()).all() for h in hessians):
+        raise InputError(f"What flows into {name} is not finite", "the model overflows on the calibration text in its precision",
+                         "use bfloat16 or float32, or other calibration text")
 
 
 def _rows_of(linear: nn.Module) -> torch.Tensor:

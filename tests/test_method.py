@@ -323,3 +323,41 @@ def test_a_loss_that_is_no_number_is_refused(llama):
     with pytest.raises(InputError, match="loss of calibration batch 1"):
         fisher_diagonal(llama.model, DOMAIN)
     assert all(p.grad is None for p in llama.model.parameters())
+
+
+@pytest.mark.parametrize("pruned_by", [general_importance, lambda model, batches: baselines.sparsegpt(model, [batches], 0.5), baselines.wanda])
+def test_text_on_which_the_model_overflows_is_refused(llama, pruned_by):
+    llama.blocks[0].mlp.up_proj.weight.data.mul_(3e4)
+    with pytest.raises(InputError, match="What flows into .* is not finite"):
+        pruned_by(llama.model.half(), GENERAL)
+
+
+@pytest.mark.parametrize(("length", "said"), [(1, "no next token"), (0, "no next token")])
+def test_sequences_without_a_next_token_are_refused(llama, length, said):
+    with pytest.raises(InputError, match=said):
+        fisher_diagonal(llama.model, [*DOMAIN, torch.zeros(1, length, dtype=torch.long)])
+
+
+def test_a_walk_refuses_sequences_of_nothing(llama):
+    with pytest.raises(InputError, match="Sequences of 0 tokens"):
+        general_importance(llama.model, [torch.zeros(1, 0, dtype=torch.long)])
+
+
+def test_a_weight_that_two_blocks_share_belongs_to_the_first(llama):
+    first, second = (block.mlp.up_proj for block in llama.blocks[:2])
+    second.weight = first.weight
+    G = general_importance(llama.model, GENERAL)
+    S = domain_importance(llama.model, DOMAIN, G)
+    kept = baselines.sparsegpt(llama.model, [GENERAL], 0.5).masks
+    names = set(llama.linears) - {"model.layers.1.mlp.up_proj.weight"}
+    assert set(G) == set(S.dual) == set(kept) == set(prunable_linears(llama.model)) == names
+
+
+def test_a_linear_that_no_text_reaches_keeps_its_weights():
+    """Some models take the weight of a linear without calling it (falcon_mamba), and of experts some may get no token."""
+    parts = Parts("llama", torch.float32)
+    block, name = parts.blocks[1], "model.layers.1.mlp.spare.weight"
+    block.mlp.spare = torch.nn.Linear(36, 20)
+    found = baselines.sparsegpt(parts.model, [GENERAL], 0.5)
+    assert found.masks[name].all() and torch.equal(found.weights[name], block.mlp.spare.weight)
+    assert all(0.4 < mask.float().mean() < 0.6 for n, mask in found.masks.items() if n != name)
