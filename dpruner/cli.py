@@ -17,10 +17,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from dpruner.config import KINDS, RunConfig
+from dpruner.config import KINDS, REPEATED, RunConfig
 from dpruner.errors import InputError, shortened
 
-REPEATED = {"domains": "domain", "methods": "method"}   # settings that take several values, named once for each on the command line
 EXPERIMENTS = ("sparsity", "goal", "seeds", "walk", "lambda", "formulas", "granularities", "calibration", "text", "transfer", "finetune")
 UNITS = {"general importance": "block", "compensation": "block", "sparsegpt": "block", "wanda": "block", "evaluation": "batch of windows"}
 AGAIN = "what it has finished is kept; the same command goes on from there"

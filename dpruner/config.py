@@ -4,6 +4,7 @@ import dataclasses
 import types
 import typing
 import unicodedata
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from dpruner.memory import parse_size
 
 MOST = 1_000_000   # of anything that is counted
 KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", types.NoneType: "nothing"}   # in words
+REPEATED = {"domains": "domain", "methods": "method"}   # settings that take several values, named once for each on the command line
 METHODS = ("dpruner", "domain", "general", "magnitude", "wanda", "sparsegpt", "random")
 
 
@@ -149,6 +151,24 @@ class RunConfig:
     def to_dict(self) -> dict:
         """Plain values for JSON."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+
+def options(config: RunConfig, usual: RunConfig, always: Collection[str]) -> list[str]:
+    """The options of the command line that make these settings of the usual ones.
+
+    Args:
+        always: settings that are told also where they are the usual ones.
+    """
+    words = []
+    for field in dataclasses.fields(config):
+        value, flag = getattr(config, field.name), f"--{REPEATED.get(field.name, field.name).replace('_', '-')}"
+        if value == getattr(usual, field.name) and field.name not in always:
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        else:
+            words += [word for one in (value if isinstance(value, tuple) else (value,)) for word in (flag, str(one))]
+    return words
 
 
 def _check_type(name: str, value, annotation) -> None:

@@ -5,9 +5,11 @@ is judged) and `results.parquet`. Its name follows from what is asked, so the sa
 only, whose fingerprints are kept.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,14 +22,14 @@ from dpruner.calibration import builtin_domains, load_texts
 from dpruner.config import RunConfig, split_domain
 from dpruner.designs import DESIGNS, Design, Point, points_of
 from dpruner.errors import InputError
-from dpruner.finetune import finetuned
+from dpruner.finetune import finetuned, require_library, require_way
 from dpruner.forecast import Forecast, Judged, Seconds, forecast, outlined_task, outlined_texts
 from dpruner.hub import CATALOGUE
 from dpruner.loading import pick_device
 from dpruner.masks import jaccard, jaccard_floor
 from dpruner.status import Status
 from dpruner.store import LazyMasks, Run
-from dpruner.tasks import Task, builtin_tasks, drawn, load_task, text_task
+from dpruner.tasks import Task, builtin_tasks, drawn, load_task, require_limit, text_task
 from dpruner.variants import DENSE
 
 FROM_RUNS = ("jaccard", "jaccard floor", "jaccard ceiling", "jaccard halves", "decisions changed by λ")   # figures of a run that its experiment keeps
@@ -113,17 +115,13 @@ def asked(name: str, config: RunConfig, *, values: Sequence | None = None, tasks
         limit: items of each task, at most.
 
     Raises:
-        InputError: the name, a value or a setting cannot be used.
+        InputError: the name, a value, the limit or a setting cannot be used.
     """
     if name not in DESIGNS:
         raise InputError(f"The experiment {name!r} is not known", "each asks one question", f"choose one of {', '.join(DESIGNS)}")
     design = DESIGNS[name]
-    values = list(values or design.values)
-    if isinstance(design.values[0], float | int):
-        try:
-            values = [type(design.values[-1])(v) if "." not in str(v) else float(v) for v in values]
-        except ValueError:
-            raise InputError(f"The values {', '.join(map(str, values))} cannot be used", f"{design.axis} is a number", "correct them") from None
+    values = list(dict.fromkeys(_on_axis(value, design) for value in values or design.values))
+    require_limit(limit)
     config = dataclasses.replace(config, evaluate=False, halves=False, sides=False)
     for value in values:
         try:
@@ -132,7 +130,26 @@ def asked(name: str, config: RunConfig, *, values: Sequence | None = None, tasks
             raise InputError(f"The value {value!r} cannot be used", f"it is no {design.axis}", f"take such as {design.values[0]}") from None
         for point in points:
             dataclasses.replace(config, **point.settings).check()
+            require_way(point.tune)
     return {"name": name, "config": config.to_dict(), "values": values, "tasks": [str(t) for t in tasks] if tasks else None, "limit": limit}
+
+
+def _on_axis(value, design: Design):
+    """A value as the usual ones are: a number where they are numbers, and a whole one where all of them are.
+
+    Raises:
+        InputError: it is none.
+    """
+    kinds = {type(usual) for usual in design.values}
+    if kinds == {str}:
+        return value
+    with contextlib.suppress(ValueError):
+        number = float(value)
+        if int in kinds and number.is_integer():
+            return int(number)
+        if float in kinds and math.isfinite(number):
+            return number
+    raise InputError(f"The value {value!r} cannot be used", f"{design.axis} is a {'whole ' * (float not in kinds)}number", f"take such as {design.values[0]}")
 
 
 def place(question: dict, root: str | Path = "experiments") -> Experiment:
@@ -215,6 +232,8 @@ def conduct(experiment: Experiment, *, cache: str | Path = "cache", watch: Calla
             waiting(ahead)
 
         experiment.require_same_files()
+        for point in points:
+            require_library(point.tune)
         expected = foreseen(record, experiment).points
         status.plan = [(point.slug, sum(seconds), point.slug) for point, seconds in zip(points, expected, strict=True)]
         dense = None   # answers of the original, which all points share
