@@ -610,6 +610,14 @@ def test_a_sparsity_of_the_whole_model_beyond_the_prunable_weights_is_refused(ll
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("prunable", "told"), [(899, "0.89"), (900, "0.90"), (999, "0.99")])
+def test_the_sparsity_of_the_whole_model_that_is_advised_can_be_reached(prunable, told, monkeypatch):
+    monkeypatch.setattr(pipeline, "count_weights", lambda model: (prunable, 1000))
+    with pytest.raises(InputError, match=f"ask for at most {told}"):
+        pipeline.prunable_sparsity(RunConfig(sparsity=1.0, sparsity_of="model"), None)
+    assert pipeline.prunable_sparsity(RunConfig(sparsity=float(told), sparsity_of="model"), None) <= 1
+
+
 # ---- progress ----
 
 
