@@ -152,8 +152,8 @@ def taken_back(rows: pd.DataFrame, others: pd.DataFrame, dense: pd.DataFrame, se
 
 
 def verdict(metric: Metric, difference: Estimate) -> str:
-    """What a difference says: "better", "worse", or "inside the noise" where its interval holds 0."""
-    if difference.low <= 0 <= difference.high:
+    """What a difference says: "better", "worse", or "inside the noise" where its interval holds 0, or where a single item tells of no noise."""
+    if difference.n < 2 or difference.low <= 0 <= difference.high:
         return NOISE
     return BETTER if (difference > 0) == metric.higher else WORSE
 

@@ -143,6 +143,11 @@ def test_the_verdict_knows_which_way_is_better():
     assert verdict(ACCURACY, difference(ACCURACY, right, wrong)) == BETTER and verdict(ACCURACY, difference(ACCURACY, wrong, right)) == WORSE
 
 
+def test_a_single_item_is_no_evidence():
+    for metric, one, other in ((ACCURACY, answered([0], [0]), answered([0], [1])), (PERPLEXITY, windows([3.0], [2]), windows([3.1], [2]))):
+        assert verdict(metric, difference(metric, one, other)) == NOISE
+
+
 def test_answers_to_other_items_are_not_compared():
     rows = answered([0, 1], [0, 1])
     for others in (rows.iloc[:1], rows.iloc[::-1]):
