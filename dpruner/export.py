@@ -85,19 +85,30 @@ def verify(folder: Path, masks) -> int:
     return sum(int((~m).sum()) for m in masks.values())
 
 
+def calibrated_on(config: RunConfig, method: str, domain: str) -> str:
+    """What text a method has looked at, in a sentence."""
+    sides = {"general": {"general"}, "domain": {"domain"}, "mix": {"general", "domain"}}
+    seen = {"dpruner": sides["mix"], "domain": sides["domain"], "general": sides["general"], "magnitude": set(), "random": set()}.get(
+        method, sides[config.baseline_calibration])
+    if config.compensate == "after" and method != "sparsegpt":
+        seen = seen | sides[config.hessian]
+    names = {"domain": Path(dict(map(split_domain, config.domains))[domain]).name, "general": f"the open domain ({Path(config.general).name})"}
+    texts = " and as many of ".join(name for side, name in names.items() if side in seen)
+    return f"Calibrated on {config.nsamples} sequences of {config.seqlen} tokens from {texts}, seed {config.seed}." if texts else \
+        f"No text was looked at; seed {config.seed}."
+
+
 def model_card(run: Run, config: RunConfig, method: str, domain: str, zeros: int, prunable: int, total: int) -> str:
     """README.md of an export: what was done, measured how, and what the zeros do not buy."""
     metrics = run.metrics()
     quality = metrics[(metrics.metric == "perplexity") & metrics.method.isin(["dense", method]) & (metrics.domain == domain)]
     lines = [f"| {r.method} | {r.text} | {r.value:.2f} | {r.low:.2f} to {r.high:.2f} | {r.n} |" for r in quality.itertuples()]
-    sources = dict(split_domain(d) for d in config.domains)
     table = ["| model | held-out text | perplexity | 95 % interval | windows |", "|---|---|---|---|---|", *lines] if lines else ["Not evaluated."]
     return "\n".join([
         "---", f"base_model: {config.model if not Path(config.model).exists() else Path(config.model).name}", "tags: [pruning, sparse, d-pruner]", "---", "",
         f"# {Path(config.model).name}, pruned for {domain} with {method}", "",
         f"{zeros:,} of {prunable:,} prunable weights are zero ({zeros / prunable:.2%}; {zeros / total:.2%} of the whole model), counted in these files.",
-        f"Calibrated on {config.nsamples} sequences of {config.seqlen} tokens from {Path(sources.get(domain, domain)).name} "
-        f"and as many of the open domain ({Path(config.general).name}), seed {config.seed}.", "",
+        calibrated_on(config, method, domain), "",
         "## Quality", "", *table, "",
         "## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer",
         'model = AutoModelForCausalLM.from_pretrained("this folder")', 'tokenizer = AutoTokenizer.from_pretrained("this folder")', "```", "",

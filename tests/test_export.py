@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from dpruner import RunConfig, pipeline
 from dpruner.errors import InputError
-from dpruner.export import MASK_FILE, export, verify
+from dpruner.export import MASK_FILE, calibrated_on, export, verify
 from dpruner.loading import load_model
 from dpruner.model import prunable_linears
 from dpruner.store import Run, read_masks, write_masks
@@ -64,7 +64,16 @@ def test_an_export_brings_its_mask_and_a_card_that_says_what_was_done(small, tmp
         row = found.loc[method]
         assert f"| {method} | general | {row.value:.2f} | {row.low:.2f} to {row.high:.2f} | {row.n} |" in card
     assert json.loads(card.split("```json\n")[1].split("```")[0]) == small.run.config
-    assert "4 sequences of 16 tokens from healthcare" in card and "| magnitude |" not in card
+    assert "No text was looked at; seed 0." in card and "| magnitude |" not in card
+
+
+@pytest.mark.parametrize(("method", "settings", "said"), [
+    ("dpruner", {}, "from mine.txt and as many of the open domain (general), seed 0."), ("domain", {}, "from mine.txt, seed 0."),
+    ("general", {}, "from the open domain (general), seed 0."), ("wanda", {}, "from the open domain (general), seed 0."),
+    ("sparsegpt", {"baseline_calibration": "domain"}, "from mine.txt, seed 0."), ("magnitude", {}, "No text was looked at; seed 0."),
+    ("magnitude", {"compensate": "after"}, "from mine.txt and as many of the open domain (general), seed 0.")])
+def test_a_card_names_the_text_that_its_method_has_seen(method, settings, said):
+    assert calibrated_on(RunConfig(domains=("contracts=texts/mine.txt",), **settings), method, "contracts").endswith(said)
 
 
 @pytest.mark.parametrize("family, stored, loaded", [("gpt2", torch.bfloat16, None), ("llama", torch.float16, "bfloat16"),
