@@ -38,7 +38,7 @@ def compensated_walk(model: nn.Module, calibrations: list[list[torch.Tensor]], c
     """
     names = transposed_names(model)
     linears = prunable_linears(model)
-    masks = {n: memory.zeros(m.weight.detach(), torch.bool).fill_(True) for n, m in linears.items()}   # what no text reaches stays as it is
+    masks = {n: memory.zeros(m.weight.detach(), torch.bool) for n, m in linears.items()}
     weights = {n: memory.copied(m.weight.detach()) for n, m in linears.items()}
 
     def visit(rows, hessians):

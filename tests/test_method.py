@@ -353,11 +353,17 @@ def test_a_weight_that_two_blocks_share_belongs_to_the_first(llama):
     assert set(G) == set(S.dual) == set(kept) == set(prunable_linears(llama.model)) == names
 
 
-def test_a_linear_that_no_text_reaches_keeps_its_weights():
-    """Some models take the weight of a linear without calling it (falcon_mamba), and of experts some may get no token."""
-    parts = Parts("llama", torch.float32)
-    block, name = parts.blocks[1], "model.layers.1.mlp.spare.weight"
-    block.mlp.spare = torch.nn.Linear(36, 20)
-    found = baselines.sparsegpt(parts.model, [GENERAL], 0.5)
-    assert found.masks[name].all() and torch.equal(found.weights[name], block.mlp.spare.weight)
-    assert all(0.4 < mask.float().mean() < 0.6 for n, mask in found.masks.items() if n != name)
+def test_of_a_linear_that_no_text_reaches_all_inputs_count_alike():
+    """Some models take the weight of a linear without calling it (Mamba), and of experts some may get no token."""
+    parts = Parts("llama")
+    name, spare = "model.layers.1.mlp.spare.weight", torch.nn.Linear(36, 20, dtype=torch.float64)
+    parts.blocks[1].mlp.spare = spare
+    for mode in ("sequential", "static"):
+        G = general_importance(parts.model, GENERAL, sparsity=0, mode=mode)[name]
+        torch.testing.assert_close(G / G.mean(), spare.weight.square() / spare.weight.square().mean())
+    weights = baselines.wanda(parts.model, GENERAL)[name]
+    torch.testing.assert_close(weights / weights.mean(), spare.weight.abs() / spare.weight.abs().mean())
+    found = baselines.sparsegpt(parts.model, [GENERAL, DOMAIN], 0.5)
+    assert torch.equal(found.weights[name], spare.weight * found.masks[name])
+    assert spare.weight[found.masks[name]].abs().min() > spare.weight[~found.masks[name]].abs().max()
+    assert all(0.4 < mask.float().mean() < 0.6 for mask in found.masks.values())
