@@ -189,10 +189,9 @@ def _own_tasks(config: RunConfig, label: str, limit: int | None, seed: int) -> l
     found = []
     if sources[label] in builtin_domains():
         found = [task for task in load_task(sources[label], limit, seed) if task.kind != "perplexity"]
-    for name, source, column in dict.fromkeys([(label, sources[label], config.column), (open_label, open_source, None)]):
-        texts = load_texts(source, "heldout", column=config.column if name in sources else column, limit=config.eval_documents)
-        if f"{name}-perplexity" not in {task.name for task in found}:
-            found.append(drawn(text_task(name, texts), limit, seed))
+    for name, source in {label: sources[label], open_label: open_source}.items():
+        texts = load_texts(source, "heldout", column=config.column if name in sources else None, limit=config.eval_documents)
+        found.append(drawn(text_task(name, texts), limit, seed))
     return found
 
 

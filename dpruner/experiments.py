@@ -295,7 +295,7 @@ def judged_on(question: dict, task: Callable = load_task, texts: Callable = load
     labels, open_label = [split_domain(d)[0] for d in config.domains], split_domain(config.general)[0]
     if question["tasks"]:
         return [(labels, [one for name in question["tasks"] for one in task(name, limit, config.seed)])]
-    read = {label: drawn(text_task(label, texts(source, "heldout", column=config.column if label != open_label else None, limit=config.eval_documents)), limit, 0)
+    read = {label: drawn(text_task(label, texts(source, "heldout", column=config.column if label in labels else None, limit=config.eval_documents)), limit, 0)
             for label, source in dict(split_domain(d) for d in (*config.domains, config.general)).items()}
     together = [labels] if question["name"] == "transfer" else [[label] for label in labels]
     return [(of, [read[name] for name in dict.fromkeys((*of, open_label))]) for of in together]

@@ -33,6 +33,7 @@ from dpruner.masks import rank_bins
 from dpruner.model import count_weights, fingerprint, heads_of, prunable_linears, stored_transposed
 from dpruner.stats import matrix_stats
 from dpruner.status import Status
+from dpruner.texts import Texts
 
 REPOSITORY = Path(dpruner.__file__).parents[1]
 QUICK = {"domains": ("legal",), "nsamples": 4, "seqlen": 16, "evaluate": False, "halves": False, "general_mode": "static"}
@@ -396,6 +397,14 @@ def test_the_open_domain_can_be_a_domain_too(llama, tmp_path):
 
 
 # ---- once, and again ----
+
+
+def test_an_open_domain_that_is_a_domain_too_is_read_from_the_same_column(tmp_path):
+    rows = [f"{i},The court held that party number {i} was right in this matter and in all others." for i in range(40)]
+    (tmp_path / "law.csv").write_text("\n".join(["title,body", *(f"t{row}" for row in rows)]))
+    law = f"law={tmp_path / 'law.csv'}"
+    texts = Texts(RunConfig(general=law, domains=(law,), column="body", nsamples=2, seqlen=16), tiny_tokenizer())
+    assert all(torch.equal(a, b) for a, b in zip(texts.general, texts.domains["law"], strict=True)) and texts.heldout["law"][0].startswith("The court")
 
 
 def test_general_importance_is_computed_once_and_shared(small, tmp_path, monkeypatch):
