@@ -5,7 +5,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM
 
 from dpruner.config import RunConfig, split_domain
 from dpruner.errors import InputError
@@ -78,11 +80,28 @@ def verify(folder: Path, masks) -> int:
             continue
         with safe_open(path, framework="pt") as file:
             for name in set(file.keys()) & set(left):
-                if file.get_tensor(name)[~left.pop(name)].count_nonzero():
-                    raise InputError("The export is not as sparse as its mask", f"{name} has weights that should be zero", "report it with its settings")
+                _require_zeros(name, file.get_tensor(name), left.pop(name))
+    if left:   # some families store weights under other names, or several as one: then as a loader finds them
+        for name, weight in _loaded(folder).items():
+            if name in left:
+                _require_zeros(name, weight, left.pop(name))
     if left:
         raise InputError("The export is incomplete", f"{next(iter(left))} is not in the written files", "report it with its settings")
     return sum(int((~m).sum()) for m in masks.values())
+
+
+def _loaded(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint by the names that the model has for them; none where a file is missing."""
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+    except OSError:
+        return {}
+    return {name: p.detach() for name, p in model.named_parameters() if name not in info["missing_keys"]}
+
+
+def _require_zeros(name: str, weight: torch.Tensor, mask: torch.Tensor) -> None:
+    if weight[~mask].count_nonzero():
+        raise InputError("The export is not as sparse as its mask", f"{name} has weights that should be zero", "report it with its settings")
 
 
 def calibrated_on(config: RunConfig, method: str, domain: str) -> str:

@@ -8,12 +8,14 @@ import torch
 from conftest import save
 from families import tiny
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from dpruner import RunConfig, pipeline
+from dpruner.baselines import magnitude
 from dpruner.errors import InputError
 from dpruner.export import MASK_FILE, calibrated_on, export, verify
 from dpruner.loading import load_model
+from dpruner.masks import make_masks, pruned
 from dpruner.model import prunable_linears
 from dpruner.store import Run, read_masks, write_masks
 
@@ -161,6 +163,19 @@ def test_a_weight_that_should_be_zero_and_is_not_stops_the_export(small, tmp_pat
 def test_a_weight_that_is_missing_from_the_file_stops_the_export(small, tmp_path, monkeypatch):
     tampering(monkeypatch, lambda weights, name: weights.pop(name))
     refused("incomplete", small.run, to=tmp_path / "out")
+
+
+def test_weights_that_a_family_stores_under_other_names_are_verified_as_they_are_loaded(tmp_path):
+    sizes = {"hidden_size": 36, "intermediate_size": 44, "num_hidden_layers": 1, "num_attention_heads": 6, "num_key_value_heads": 2, "vocab_size": 97}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("phimoe", **sizes, num_local_experts=4, num_experts_per_tok=2))
+    masks = make_masks(magnitude(model), 0.5)
+    with pruned(model, masks):
+        model.save_pretrained(tmp_path)
+    assert not set(masks) <= set(load_file(tmp_path / "model.safetensors"))
+    assert verify(tmp_path, masks) == sum(int((~m).sum()) for m in masks.values())
+    name = next(n for n in masks if n not in load_file(tmp_path / "model.safetensors"))
+    with pytest.raises(InputError, match=f"{name} has weights that should be zero"):
+        verify(tmp_path, {**masks, name: torch.zeros_like(masks[name])})
 
 
 def test_verification_reads_every_shard(small, tmp_path):
