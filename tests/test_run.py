@@ -31,6 +31,7 @@ from dpruner.errors import InputError
 from dpruner.loading import load_model
 from dpruner.masks import rank_bins
 from dpruner.model import count_weights, fingerprint, heads_of, prunable_linears, stored_transposed
+from dpruner.rows import exact, rows
 from dpruner.stats import matrix_stats
 from dpruner.status import Status
 from dpruner.texts import Texts
@@ -381,6 +382,16 @@ def test_each_similarity_stands_beside_its_own_floor(llama, tmp_path):
         either = sum((a[n].mean() + b[n].mean()) * a[n].size for n in a) - both
         assert told[method]["floor"] == pytest.approx(both / either, rel=1e-6) and told[method]["jaccard"] == pytest.approx(shared(a, b))
     assert abs(told["dpruner"]["floor"] - told["magnitude"]["floor"]) > 1e-4
+
+
+@pytest.mark.parametrize(("asked", "told"), [(None, 3), (["legal"], 2), (["legal", "finance"], 1), (["legal", "legal"], 2), (["legal", "code", "finance"], 3)])
+def test_one_domain_is_compared_with_all_others_and_several_with_each_other(asked, told, tmp_path):
+    run = store.Run(tmp_path)
+    pairs = [("legal", "finance"), ("legal", "code"), ("finance", "code")]
+    store.write_table(tmp_path / "metrics.parquet", rows(*(exact("magnitude", a, b, metric, 0.5, 10) for a, b in pairs for metric in ("jaccard", "jaccard floor")),
+                                                    *(exact("magnitude", d, "", "sparsity", 0.5, 10) for d in ("legal", "finance", "code"))))
+    found = report.similarity(run, domains=asked)
+    assert len(found) == told and all(len(set(asked or ()) & set(row["domains"])) >= min(2, len(set(asked or ()))) for row in found)
 
 
 def test_a_run_without_evaluation_and_with_one_domain_has_a_summary_too(llama, tmp_path):
