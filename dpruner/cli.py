@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dpruner.config import KINDS, REPEATED, RunConfig
+from dpruner.designs import DESIGNS
 from dpruner.errors import InputError, shortened
 
-EXPERIMENTS = ("sparsity", "goal", "seeds", "walk", "lambda", "formulas", "granularities", "calibration", "text", "transfer", "finetune")
 UNITS = {"general importance": "block", "compensation": "block", "sparsegpt": "block", "wanda": "block", "evaluation": "batch of windows"}
 AGAIN = "what it has finished is kept; the same command goes on from there"
 
@@ -133,7 +133,7 @@ def parser() -> Parser:
     export.set_defaults(command=command_export)
 
     experiment = commands.add_parser("experiment", parents=[common], help="ask one question of several runs, or write down what was found")
-    experiment.add_argument("name", choices=[*EXPERIMENTS, "report"], help="which question; 'report' writes all stored answers to a file")
+    experiment.add_argument("name", choices=[*DESIGNS, "report"], help="which question; 'report' writes all stored answers to a file")
     experiment.add_argument("--value", action="append", metavar="VALUE", help="on the axis of the experiment, once for each (default: the usual ones)")
     experiment.add_argument("--task", action="append", metavar="NAME_OR_FILE", help="what every mask is judged on, as `evaluate` takes it (default: "
                             "perplexity on held-out text of its domain and of the open domain)")

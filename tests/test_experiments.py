@@ -177,7 +177,6 @@ def test_every_design_asks_for_runs_that_can_be(name, config, tmp_path):
     experiment = prepared(name, config, root=tmp_path)
     points = experiment.points()
     assert points and len({p.slug for p in points}) == len(points)
-    assert name in cli.EXPERIMENTS and len(cli.EXPERIMENTS) == len(DESIGNS)
     assert [e.id for e in find_experiments(tmp_path)] == [experiment.id]
 
 
