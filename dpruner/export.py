@@ -93,7 +93,8 @@ def verify(folder: Path, masks) -> int:
 def _loaded(folder: Path) -> dict[str, torch.Tensor]:
     """The weights of a checkpoint by the names that the model has for them; none where a file is missing."""
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True, trust_remote_code=False,
+                                                           output_loading_info=True)
     except OSError:
         return {}
     return {name: p.detach() for name, p in model.named_parameters() if name not in info["missing_keys"]}
@@ -101,7 +102,8 @@ def _loaded(folder: Path) -> dict[str, torch.Tensor]:
 
 def _require_zeros(name: str, weight: torch.Tensor, mask: torch.Tensor) -> None:
     if weight[~mask].count_nonzero():
-        raise InputError("The export is not as sparse as its mask", f"{name} has weights that should be zero", "report it with its settings")
+        raise InputError("The export is not as sparse as its mask", f"{name} has weights that should be zero",
+                         "report it with its settings")
 
 
 def calibrated_on(config: RunConfig, method: str, domain: str) -> str:
@@ -111,7 +113,8 @@ def calibrated_on(config: RunConfig, method: str, domain: str) -> str:
         method, sides[config.baseline_calibration])
     if config.compensate == "after" and method != "sparsegpt":
         seen = seen | sides[config.hessian]
-    names = {"domain": Path(dict(map(split_domain, config.domains))[domain]).name, "general": f"the open domain ({Path(config.general).name})"}
+    names = {"domain": Path(dict(map(split_domain, config.domains))[domain]).name,
+             "general": f"the open domain ({Path(config.general).name})"}
     texts = " and as many of ".join(name for side, name in names.items() if side in seen)
     return f"Calibrated on {config.nsamples} sequences of {config.seqlen} tokens from {texts}, seed {config.seed}." if texts else \
         f"No text was looked at; seed {config.seed}."

@@ -169,8 +169,8 @@ def require_batches(model: nn.Module, batches: list[torch.Tensor], least: int = 
         raise InputError("There is nothing to calibrate on", "the list of batches is empty", "load at least one sequence")
     lengths = [b.shape[1] for b in batches]
     if min(lengths) < least:
-        raise InputError(f"Sequences of {min(lengths)} tokens are too short", "there is no next token to predict in them" if least > 1 else "they say nothing",
-                         f"give {least} tokens or more")
+        raise InputError(f"Sequences of {min(lengths)} tokens are too short",
+                         "there is no next token to predict in them" if least > 1 else "they say nothing", f"give {least} tokens or more")
     require_length(model, max(lengths))
 
 

@@ -30,7 +30,8 @@ class Texts:
         self.domains = {label: batches(label) for label in domains}
         self.heldout = {}
         if config.evaluate:
-            self.heldout = {label: load_texts(source, "heldout", column=columns[label], limit=config.eval_documents) for label, source in sources.items()}
+            self.heldout = {label: load_texts(source, "heldout", column=columns[label], limit=config.eval_documents)
+                            for label, source in sources.items()}
 
     def judged(self, label: str) -> list[str]:
         """The held-out texts a mask of this domain is judged on: the domain's and the open domain's; none where nothing is evaluated."""

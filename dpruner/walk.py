@@ -189,8 +189,9 @@ def walk(model: nn.Module, calibrations: list[list[torch.Tensor]], visit: Callab
     """Go through the decoder block by block with the Hessian of every linear, as SparseGPT does (METHOD section 2).
 
     In a block the Hessians of all linears are taken with the block's own weights, on inputs that the blocks before it produced after their
-    update. Linears fed by the same tensor share one Hessian and are visited together. Of what no text was seen to reach, such as an expert without
-    a token, or a linear whose weight the model takes without calling it, all inputs count alike. The model's weights are untouched afterwards.
+    update. Linears fed by the same tensor share one Hessian and are visited together. Of what no text was seen to reach, such as an expert
+    without a token, or a linear whose weight the model takes without calling it, all inputs count alike. The model's weights are untouched
+    afterwards.
 
     Args:
         calibrations: one or more sets of calibration batches, each a list of LongTensors (b, seqlen); their Hessians stay apart.
