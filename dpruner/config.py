@@ -11,6 +11,7 @@ from pathlib import Path
 from dpruner.calibration import domain_label
 from dpruner.compensate import ALLOTMENTS, HESSIANS
 from dpruner.errors import InputError
+from dpruner.evaluate import require_seed
 from dpruner.formulas import FORMULAS, require_lam
 from dpruner.general import SPARSITY
 from dpruner.masks import parse_granularity, require_sparsity
@@ -123,8 +124,7 @@ class RunConfig:
                 raise InputError(f"{name} = {getattr(self, name)} cannot be used", f"it is a count of {least} or more", "give a larger number")
             if name != "seed" and (getattr(self, name) or 0) > MOST:
                 raise InputError(f"{name} = {getattr(self, name)} cannot be used", f"no run takes more than {MOST:,}", "give a smaller number")
-        if self.seed >= 2**63:
-            raise InputError(f"seed = {self.seed} cannot be used", "random numbers start from a whole number below 2⁶³", "give a smaller number")
+        require_seed(self.seed)
         if self.memory is not None:
             parse_size(self.memory)
         if self.lam is not None:

@@ -37,6 +37,16 @@ class Estimate(float):
         return Estimate, (float(self), self.low, self.high, self.n, self.tokens)
 
 
+def require_seed(seed: int) -> None:
+    """Refuse a seed that not every generator takes.
+
+    Raises:
+        InputError: says so.
+    """
+    if not 0 <= seed < 2**63:
+        raise InputError(f"The seed {seed} cannot be used", "it is a whole number from 0, below 2⁶³", "give a number such as 0")
+
+
 def picks(n: int, seed: int) -> Iterator[np.ndarray]:
     """Which of n pieces each of 2,000 draws with replacement takes; int (draws, n), some draws at a time."""
     generator = np.random.default_rng(seed)
@@ -83,8 +93,9 @@ def perplexity(model: nn.Module, tokenizer, texts: list[str], seqlen: int | None
         Estimate of exp(mean negative log-likelihood in nats); `n` counts windows.
 
     Raises:
-        InputError: no text to predict, a window longer than the model allows, or a stride outside 1..seqlen.
+        InputError: no text to predict, a window longer than the model allows, a stride outside 1..seqlen, or a negative seed.
     """
+    require_seed(seed)
     _, sums, counts = window_losses(model, tokenizer, texts, seqlen, stride, batch_size=batch_size, stage=stage, progress=progress,
                                     checkpoint=checkpoint)
     return of_windows(sums, counts, seed)
