@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-import torch
 
 from dpruner.errors import InputError
 
@@ -33,12 +32,6 @@ class Alignment:
         """Whether the two are the same tokens in the same order."""
         return self.parts_at is None
 
-    @property
-    def share_equal(self) -> float:
-        """Tokens that stand in both, as a share of all tokens of both; 1 for two empty sequences."""
-        total = len(self.equal_a) + len(self.equal_b)
-        return float(self.equal_a.sum() + self.equal_b.sum()) / total if total else 1.0
-
 
 def align(a: Sequence[int], b: Sequence[int]) -> Alignment:
     """Lay two token sequences beside each other (difflib, on token ids: what looks alike may be other tokens).
@@ -54,27 +47,6 @@ def align(a: Sequence[int], b: Sequence[int]) -> Alignment:
             equal_a[start_a:stop_a], equal_b[start_b:stop_b] = True, True
     same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     return Alignment(segments, equal_a, equal_b, None if same == len(a) == len(b) else same)
-
-
-def log_probabilities(logits: torch.Tensor, ids: Sequence[int]) -> np.ndarray:
-    """Log-probability, in nats, that a model gave to each token.
-
-    Args:
-        logits: (tokens, vocabulary), at each place those that predict the token of the same place in `ids`.
-        ids: (tokens,).
-
-    Returns:
-        float64 (tokens,).
-
-    Raises:
-        InputError: not one row of logits for each token.
-    """
-    ids = torch.as_tensor(ids, dtype=torch.int64, device=logits.device)
-    if logits.ndim != 2 or logits.shape[0] != len(ids):
-        raise InputError("The tokens cannot be scored", f"there are {len(ids)} of them and logits of shape {tuple(logits.shape)}",
-                         "give one row of logits for each token")
-    # one token at a time: a copy of all logits in float64 may be larger than the model
-    return np.array([float(torch.log_softmax(row.double(), dim=0)[i]) for row, i in zip(logits, ids, strict=True)], dtype=np.float64)
 
 
 def surprisal(log_probs: Sequence[float]) -> np.ndarray:

@@ -15,8 +15,8 @@ from analysis.matrices import groups, mask_shapes, rank_shapes, require_same, st
 from analysis.overlap import jaccard, random_jaccard
 from analysis.sparsity import at_least, threshold
 from dpruner.errors import InputError
-from dpruner.evaluate import RESAMPLES
 from dpruner.masks import require_sparsity
+from dpruner.metrics import draws
 
 MEASURES = ("jaccard", "cosine", "overlap", "corrected")
 WORDS = 1 << 17   # 64-bit words at once: a mebibyte, which stays in the processor's cache
@@ -280,9 +280,7 @@ def interval(both: np.ndarray, either: np.ndarray, seed: int = 0) -> tuple[np.nd
     matrices = len(both)
     if matrices < 2:
         return np.full(both.shape[1:], np.nan), np.full(both.shape[1:], np.nan)
-    picks = np.random.default_rng(seed).integers(0, matrices, (RESAMPLES, matrices))
-    times = np.zeros((RESAMPLES, matrices))   # how often each draw holds each matrix: one product instead of a sum for every pair of masks
-    np.add.at(times, (np.arange(RESAMPLES)[:, None], picks), 1)
+    times = np.concatenate(list(draws(matrices, seed)))   # one product instead of a sum for every pair of masks
     shared, joined = (np.tensordot(times, x.astype(np.float64), 1) for x in (both, either))
     ratios = np.divide(shared, joined, out=np.ones_like(shared), where=joined > 0)
     low, high = np.quantile(ratios, (0.025, 0.975), axis=0)

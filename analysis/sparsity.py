@@ -19,8 +19,6 @@ from analysis.matrices import as_array, places
 from dpruner.errors import InputError
 from dpruner.masks import BINS, require_sparsity
 
-PART_BLOCK = 64   # parts counted at once: their 256 counters each stay in the processor's cache
-
 
 def threshold(sparsity: float) -> int:
     """The lowest bin that is kept, 0..256.
@@ -79,37 +77,6 @@ def part_table(ranks, sparsity: float, axis: str = "row", size: int = 1, transpo
     total = _joined(rows.sum(axis=_across(axis), dtype=np.int64), size)
     return pd.DataFrame({"index": np.arange(len(kept)), "weights": weights, "kept": kept, "kept_share": kept / weights,
                          "mean_rank": (total / weights + 0.5) / BINS})
-
-
-def part_histogram(ranks, axis: str = "row", size: int = 1, transposed: bool = False) -> np.ndarray:
-    """Weights of every part in every bin: all that kept shares at any sparsity need; arguments as for `part_table`.
-
-    Returns:
-        int32 (parts, 256).
-    """
-    parts = as_array(ranks, transposed)
-    parts = parts if _across(axis) == 1 else parts.T
-    counts = np.empty((len(parts), BINS), dtype=np.int32)
-    offsets = BINS * np.arange(PART_BLOCK)[:, None]
-    for start in range(0, len(parts), PART_BLOCK):
-        some = parts[start:start + PART_BLOCK]
-        # order "K": columns are read as they lie in memory, not copied
-        counts[start:start + len(some)] = np.bincount((some + offsets[:len(some)]).ravel("K"), minlength=BINS * len(some)).reshape(-1, BINS)
-    return _joined(counts, size)
-
-
-def kept_at_every_sparsity(histogram: np.ndarray) -> np.ndarray:
-    """Weights kept at the sparsities 0, 1/256, .. 1.
-
-    Args:
-        histogram: (..., 256) counts, as from `part_histogram`.
-
-    Returns:
-        int64 (..., 257).
-    """
-    kept = np.zeros((*histogram.shape[:-1], BINS + 1), dtype=np.int64)
-    kept[..., :BINS] = np.cumsum(histogram[..., ::-1], axis=-1, dtype=np.int64)[..., ::-1]
-    return kept
 
 
 def at_least(ranks, lowest: int) -> np.ndarray:
@@ -213,17 +180,6 @@ def spread(kept: np.ndarray, weights: int, more_than: float | None = None) -> di
             "gini": gini(kept), "gini_random": gini_random,
             "more_than": more_than, "losing_more": float(_loses_more(kept, weights, more_than).mean()),
             "losing_more_random": expected.losing_more(more_than)}
-
-
-def spread_curve(histogram: np.ndarray, more_than: float | None = None) -> pd.DataFrame:
-    """`spread` of one matrix at every sparsity from 1/256 to 255/256.
-
-    Args:
-        histogram: (parts, 256), as from `part_histogram`.
-    """
-    weights = int(histogram[0].sum())
-    kept = kept_at_every_sparsity(histogram)
-    return pd.DataFrame([{"sparsity": k / BINS, **spread(kept[:, k], weights, more_than)} for k in range(1, BINS)])
 
 
 def rank_spread(matrices: Iterable[tuple[str, np.ndarray]], sparsity: float, part: str = "row",

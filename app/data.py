@@ -93,9 +93,16 @@ def against(run: Run, method: str, domain: str) -> dict[str, dict]:
 # ---- masks at the slider's sparsity
 
 
+def own_sparsity(run: Run) -> float:
+    """The share of the prunable weights that a run was asked to remove, which is what the slider means; a run may be asked for one of all weights."""
+    record = run.record
+    config, model = record["config"], record["model"]
+    return config["sparsity"] * (model["weights"] / model["prunable_weights"] if config["sparsity_of"] == "model" else 1)
+
+
 def own_masks(run: Run, sparsity: float) -> bool:
     """Whether the slider stands where the run itself pruned: its very masks are shown there, and ranks cut anew everywhere else."""
-    return round(100 * sparsity) == round(100 * run.config["sparsity"])
+    return round(100 * sparsity) == round(100 * own_sparsity(run))
 
 
 def mask_stamp(run: Run, method: str, domain: str, own: bool) -> tuple[str, float] | None:

@@ -1,7 +1,6 @@
 """What there is already: the newest finished run in a few figures, and every run to repeat, take along or delete."""
 
 import contextlib
-import dataclasses
 import json
 import shlex
 import shutil
@@ -12,7 +11,7 @@ from analysis.chart import listed, percent
 from app import data, running, sofar, state, widgets
 from app.halves import Mask, where_they_part
 from dpruner import RunConfig, worker
-from dpruner.cli import REPEATED
+from dpruner.config import options
 from dpruner.errors import InputError
 from dpruner.store import Run
 
@@ -119,13 +118,7 @@ def delete_run(run: Run) -> None:
 
 def command(config: RunConfig) -> str:
     """The command line that does what a config says: what the run is about, and every setting that is not the default."""
-    words = ["python", "-m", "dpruner", "prune", "--model", config.model]
-    for field in dataclasses.fields(RunConfig):
-        value, flag = getattr(config, field.name), f"--{field.name.replace('_', '-')}"
-        if field.name in REPEATED:
-            words += [w for each in value for w in (f"--{REPEATED[field.name]}", each)]
-        elif value != field.default and field.name != "model":
-            words += [flag if value else f"--no-{flag[2:]}"] if isinstance(value, bool) else [flag, f"{value}"]
+    words = ["python", "-m", "dpruner", "prune", *options(config, RunConfig(), always=["model", "domains", "methods"])]
     for flag, folder, usual in (("--runs", state.RUNS, "runs"), ("--cache", state.CACHE, "cache")):
         words += [flag, str(folder)] if str(folder) != usual else []
     return shlex.join(words)

@@ -127,7 +127,7 @@ def masks_at(run: Run, method: str, domain: str, sparsity: float) -> Mapping[str
     if not path.is_file():
         raise InputError(f"{method} can be shown at its own sparsity only",
                          "its scores exist only while it prunes, so the run keeps no ranks",
-                         f"set the sparsity to {percent(run.config['sparsity'], 0)}, or choose another method")
+                         f"set the sparsity to {percent(data.own_sparsity(run), 0)}, or choose another method")
     with opened(path) as file:
         return {n: torch.from_numpy(at_least(file.get_tensor(n).numpy(), threshold(sparsity))) for n in file.keys()}
 

@@ -100,7 +100,7 @@ def _chosen(runs: dict[str, Run]) -> Selection | None:
         block = _choice("Layer", sorted(places.block.unique().tolist()), "block")
     with right:
         module = _choice("Module", places[places.block == block].module.tolist(), "module")
-    default = round(100 * run.config["sparsity"])
+    default = round(100 * data.own_sparsity(run))
     sparsity = st.slider("Sparsity (% removed)", 0, 100, _known("sparsity", range(101), default), key="sparsity", bind="query-params",
                          help="Masks of every sparsity follow from the ranks of the weights: nothing is computed anew.")
     return Selection(run, method, domain, block, module, sparsity / 100)

@@ -17,11 +17,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from dpruner.config import KINDS, RunConfig
+from dpruner.config import KINDS, REPEATED, RunConfig
+from dpruner.designs import DESIGNS
 from dpruner.errors import InputError, shortened
 
-REPEATED = {"domains": "domain", "methods": "method"}   # settings that take several values, named once for each on the command line
-EXPERIMENTS = ("sparsity", "goal", "seeds", "walk", "lambda", "formulas", "granularities", "calibration", "text", "transfer", "finetune")
 UNITS = {"general importance": "block", "compensation": "block", "sparsegpt": "block", "wanda": "block", "evaluation": "batch of windows"}
 AGAIN = "what it has finished is kept; the same command goes on from there"
 
@@ -41,7 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if args.traceback:
             raise
-        print(f"It failed unexpectedly: {type(error).__name__}: {error}; run it again with --traceback and report what it prints.", file=sys.stderr)
+        print(f"It failed unexpectedly: {type(error).__name__}: {error}; run it again with --traceback and report what it prints.",
+              file=sys.stderr)
     return 1
 
 
@@ -86,10 +86,12 @@ def parser() -> Parser:
     chosen.add_argument("--method", action="append", metavar="NAME", help="method of the run (default: all)")
     chosen.add_argument("--domain", action="append", metavar="NAME", help="domain of the run (default: all)")
 
-    prune = commands.add_parser("prune", parents=[common], help="prune a model for one or more domains, evaluate, keep everything in a run folder")
+    prune = commands.add_parser("prune", parents=[common],
+                                help="prune a model for one or more domains, evaluate, keep everything in a run folder")
     prune.add_argument("--config", metavar="FILE", help="a run.json or its settings, to repeat a run; other options override it")
     prune.add_argument("--cache", default="cache", metavar="FOLDER", help="folder of what runs share (default: cache)")
-    prune.add_argument("--dry-run", action="store_true", help="only tell what the run would take: time, memory, disk, and what is wrong with it")
+    prune.add_argument("--dry-run", action="store_true",
+                       help="only tell what the run would take: time, memory, disk, and what is wrong with it")
     for field in dataclasses.fields(RunConfig):
         _add_setting(prune, field)
     prune.set_defaults(command=command_prune)
@@ -104,11 +106,15 @@ def parser() -> Parser:
     runs.add_argument("run", nargs="?", help="id of a run, the start of it, a folder, or 'last'")
     runs.set_defaults(command=command_runs)
 
-    evaluate = commands.add_parser("evaluate", parents=[common, chosen], help="give tasks to the pruned models of a run and to the dense one beside them")
+    evaluate = commands.add_parser("evaluate", parents=[common, chosen],
+                                   help="give tasks to the pruned models of a run and to the dense one beside them")
     evaluate.add_argument("--task", action="append", metavar="NAME_OR_FILE",
-                          help="a built-in domain or task, a hub data set, or a file, also as name=path (default: what belongs to each domain)")
-    evaluate.add_argument("--against", default="dense", metavar="METHOD", help="method of the run that each is compared with (default: dense)")
-    evaluate.add_argument("--limit", type=int, default=500, metavar="ITEMS", help="at most this many items of each task, drawn by the seed (default: 500)")
+                          help="a built-in domain or task, a hub data set, or a file, also as name=path (default: what belongs to each "
+                          "domain)")
+    evaluate.add_argument("--against", default="dense", metavar="METHOD",
+                          help="method of the run that each is compared with (default: dense)")
+    evaluate.add_argument("--limit", type=int, default=500, metavar="ITEMS",
+                          help="at most this many items of each task, drawn by the seed (default: 500)")
     evaluate.add_argument("--seed", type=int, default=0, metavar="VALUE", help="of the items drawn and of the intervals (default: 0)")
     evaluate.add_argument("--device", metavar="VALUE", help="default: that of the run")
     evaluate.set_defaults(command=command_evaluate)
@@ -117,11 +123,13 @@ def parser() -> Parser:
     similarity.add_argument("--matrices", action="store_true", help="for each matrix by itself")
     similarity.set_defaults(command=command_similarity)
 
-    generate = commands.add_parser("generate", parents=[common, chosen], help="continue a prompt with the pruned models of a run and the dense one")
+    generate = commands.add_parser("generate", parents=[common, chosen],
+                                   help="continue a prompt with the pruned models of a run and the dense one")
     generate.add_argument("--prompt", required=True, metavar="TEXT", help="the beginning of a text")
     generate.add_argument("--max-new-tokens", type=int, default=48, metavar="VALUE", help="(default: 48)")
     generate.add_argument("--temperature", type=float, default=0.0, metavar="VALUE", help="0 takes the most probable token (default: 0)")
-    generate.add_argument("--top-p", type=float, default=1.0, metavar="VALUE", help="draw from the most probable tokens that have this share (default: 1)")
+    generate.add_argument("--top-p", type=float, default=1.0, metavar="VALUE",
+                          help="draw from the most probable tokens that have this share (default: 1)")
     generate.add_argument("--seed", type=int, default=0, metavar="VALUE", help="of the drawing (default: 0)")
     generate.add_argument("--device", metavar="VALUE", help="default: that of the run")
     generate.set_defaults(command=command_generate)
@@ -134,12 +142,15 @@ def parser() -> Parser:
     export.set_defaults(command=command_export)
 
     experiment = commands.add_parser("experiment", parents=[common], help="ask one question of several runs, or write down what was found")
-    experiment.add_argument("name", choices=[*EXPERIMENTS, "report"], help="which question; 'report' writes all stored answers to a file")
-    experiment.add_argument("--value", action="append", metavar="VALUE", help="on the axis of the experiment, once for each (default: the usual ones)")
-    experiment.add_argument("--task", action="append", metavar="NAME_OR_FILE", help="what every mask is judged on, as `evaluate` takes it (default: "
-                            "perplexity on held-out text of its domain and of the open domain)")
+    experiment.add_argument("name", choices=[*DESIGNS, "report"], help="which question; 'report' writes all stored answers to a file")
+    experiment.add_argument("--value", action="append", metavar="VALUE",
+                            help="on the axis of the experiment, once for each (default: the usual ones)")
+    experiment.add_argument("--task", action="append", metavar="NAME_OR_FILE",
+                            help="what every mask is judged on, as `evaluate` takes it (default: perplexity on held-out text of its domain "
+                            "and of the open domain)")
     experiment.add_argument("--limit", type=int, default=100, metavar="ITEMS", help="at most this many items of each task (default: 100)")
-    experiment.add_argument("--experiments", default="experiments", metavar="FOLDER", help="folder of the experiments (default: experiments)")
+    experiment.add_argument("--experiments", default="experiments", metavar="FOLDER",
+                            help="folder of the experiments (default: experiments)")
     experiment.add_argument("--cache", default="cache", metavar="FOLDER", help="folder of what runs share (default: cache)")
     experiment.add_argument("--to", default="docs/RESULTS.md", metavar="FILE", help="where 'report' writes (default: docs/RESULTS.md)")
     for field in dataclasses.fields(RunConfig):
@@ -193,7 +204,8 @@ def _finished(config: RunConfig, args: argparse.Namespace, **where: Path):
 
     def work():
         if config.finetune and distributed.several():
-            print("Fine-tuning takes one batch after the other: its domain pass runs in the first process, and the others wait.", file=sys.stderr)
+            print("Fine-tuning takes one batch after the other: its domain pass runs in the first process, and the others wait.",
+                  file=sys.stderr)
         if not distributed.several():
             for caution in estimate.cautions_of(config, where.get("runs")):
                 print(caution, file=sys.stderr)
@@ -209,7 +221,8 @@ def _together(config: RunConfig, work: Callable):
     with loading.quiet_libraries(), distributed.team() as first:
         if first:
             return work()
-        return distributed.follow(lambda: loading.load_model(config.model, revision=config.revision, device=config.device, dtype=config.dtype)[0])
+        return distributed.follow(lambda: loading.load_model(config.model, revision=config.revision, device=config.device,
+                                                             dtype=config.dtype)[0])
 
 
 def _way_on(runs: str | Path | None = None, folder: Path | None = None) -> str:
@@ -263,7 +276,8 @@ def _config_file(path: str) -> dict:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         why = error.strerror.lower() if isinstance(error, OSError) else "it is not JSON"
-        raise InputError(f"The config file {path!r} cannot be read", why, "give a run.json of an earlier run, or an object of settings") from error
+        raise InputError(f"The config file {path!r} cannot be read", why,
+                         "give a run.json of an earlier run, or an object of settings") from error
     if not isinstance(data, dict) or not isinstance(data.get("config", {}), dict):
         raise InputError(f"The config file {path!r} cannot be used", "it holds no object of settings", "give a run.json of an earlier run")
     return data if "config" in data else {"config": data}
@@ -351,9 +365,10 @@ def command_generate(args: argparse.Namespace) -> None:
     found = []
     for method, domain in [(variants.DENSE, ""), *pairs]:
         with variants.variant(model, run, method, domain):
-            made = list(generate(model, tokenizer, args.prompt, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p,
-                                 seed=args.seed))
-        found.append({"method": method, "domain": domain, "text": "".join(t.text for t in made), "tokens": [dataclasses.asdict(t) for t in made]})
+            made = list(generate(model, tokenizer, args.prompt, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+                                 top_p=args.top_p, seed=args.seed))
+        found.append({"method": method, "domain": domain, "text": "".join(t.text for t in made),
+                      "tokens": [dataclasses.asdict(t) for t in made]})
         if not args.json:
             print(f"{variants.label(method, domain)}: {args.prompt}{found[-1]['text']}\n", flush=True)
     if args.json:
@@ -378,8 +393,10 @@ def command_experiment(args: argparse.Namespace) -> None:
     from dpruner.loading import quiet_libraries
     if args.name == "report":
         written = findings.write(args.experiments, args.to)
-        return print(json.dumps({"file": str(args.to), "experiments": written}) if args.json else f"Wrote {args.to} from {len(written)} experiments.")
-    experiment = experiments.prepared(args.name, settings(args, {}), values=args.value, tasks=args.task, limit=args.limit, root=args.experiments)
+        return print(json.dumps({"file": str(args.to), "experiments": written}) if args.json else
+                     f"Wrote {args.to} from {len(written)} experiments.")
+    experiment = experiments.prepared(args.name, settings(args, {}), values=args.value, tasks=args.task, limit=args.limit,
+                                      root=args.experiments)
     with quiet_libraries():
         ahead = experiments.foreseen(experiment.record, experiment).words
         if ahead:
@@ -396,8 +413,8 @@ def command_experiment(args: argparse.Namespace) -> None:
 def _counting():
     """A bar on stderr for one thing after the other; yields what to call with (what, done, total)."""
     console = Console(stderr=True)
-    with Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn(), console=console,
-                  transient=True, disable=not console.is_terminal) as bars:
+    with Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn(),
+                  console=console, transient=True, disable=not console.is_terminal) as bars:
         bar = bars.add_task("loading model and tasks", total=None)
         yield lambda what, done, total: bars.update(bar, description=what, completed=done, total=total)
 

@@ -60,7 +60,8 @@ def compensation_sets(general: list[torch.Tensor], domain: list[torch.Tensor], h
         InputError: `hessian` is none of "general", "domain", "mix".
     """
     if hessian not in HESSIANS:
-        raise InputError(f"The Hessian {hessian!r} is not known", "compensation follows one of three calibrations", f"choose one of {', '.join(HESSIANS)}")
+        raise InputError(f"The Hessian {hessian!r} is not known", "compensation follows one of three calibrations",
+                         f"choose one of {', '.join(HESSIANS)}")
     return {"general": [general], "domain": [domain], "mix": [general, domain]}[hessian]
 
 
@@ -124,9 +125,9 @@ class _Losses(Mapping):
 def allotted(model: nn.Module, fishers: list[Mapping[str, torch.Tensor]], sparsity: float, strength: float = ALLOT) -> dict[str, float]:
     """Sparsities of the matrices, so that those lose less whose weights the loss needs more; their mean over all weights is `sparsity`.
 
-    The loss of removing a weight is predicted as f·w², f the diagonal Fisher; open domain and domain count alike, each divided by its total.
-    One threshold for the whole model would remove some share of every matrix; its sparsity lies between that share and the even one, because
-    compensation makes up for more where more goes.
+    The loss of removing a weight is predicted as f·w², f the diagonal Fisher; open domain and domain count alike, each divided by its
+    total. One threshold for the whole model would remove some share of every matrix; its sparsity lies between that share and the even one,
+    because compensation makes up for more where more goes.
 
     Args:
         fishers: diagonal Fishers {name: Tensor as stored}, of the domain, or of both sides.
@@ -159,8 +160,8 @@ def compensate_walk(model: nn.Module, calibrations: list[list[torch.Tensor]], fi
 
     Args:
         fisher: {name: Tensor as stored}, the diagonal Fisher; see `domain.fisher_diagonal` and `mixed_fisher`.
-        sparsity: of all matrices, or {name: sparsity} as `allotted` gives them; `round(sparsity · out · b)` weights go in every block of 128
-            columns.
+        sparsity: of all matrices, or {name: sparsity} as `allotted` gives them; `round(sparsity · out · b)` weights go in every block of
+            128 columns.
         lam: weight of the loss's side against the layer output's.
         refined: as in `compensated_walk`.
     """

@@ -4,12 +4,14 @@ import dataclasses
 import types
 import typing
 import unicodedata
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from dpruner.calibration import domain_label
 from dpruner.compensate import ALLOTMENTS, HESSIANS
 from dpruner.errors import InputError
+from dpruner.evaluate import require_seed
 from dpruner.formulas import FORMULAS, require_lam
 from dpruner.general import SPARSITY
 from dpruner.masks import parse_granularity, require_sparsity
@@ -18,6 +20,7 @@ from dpruner.memory import parse_size
 
 MOST = 1_000_000   # of anything that is counted
 KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", types.NoneType: "nothing"}   # in words
+REPEATED = {"domains": "domain", "methods": "method"}   # settings that take several values, named once for each on the command line
 METHODS = ("dpruner", "domain", "general", "magnitude", "wanda", "sparsegpt", "random")
 
 
@@ -121,8 +124,7 @@ class RunConfig:
                 raise InputError(f"{name} = {getattr(self, name)} cannot be used", f"it is a count of {least} or more", "give a larger number")
             if name != "seed" and (getattr(self, name) or 0) > MOST:
                 raise InputError(f"{name} = {getattr(self, name)} cannot be used", f"no run takes more than {MOST:,}", "give a smaller number")
-        if self.seed >= 2**63:
-            raise InputError(f"seed = {self.seed} cannot be used", "random numbers start from a whole number below 2⁶³", "give a smaller number")
+        require_seed(self.seed)
         if self.memory is not None:
             parse_size(self.memory)
         if self.lam is not None:
@@ -149,6 +151,24 @@ class RunConfig:
     def to_dict(self) -> dict:
         """Plain values for JSON."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+
+def options(config: RunConfig, usual: RunConfig, always: Collection[str]) -> list[str]:
+    """The options of the command line that make these settings of the usual ones.
+
+    Args:
+        always: settings that are told also where they are the usual ones.
+    """
+    words = []
+    for field in dataclasses.fields(config):
+        value, flag = getattr(config, field.name), f"--{REPEATED.get(field.name, field.name).replace('_', '-')}"
+        if value == getattr(usual, field.name) and field.name not in always:
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        else:
+            words += [word for one in (value if isinstance(value, tuple) else (value,)) for word in (flag, str(one))]
+    return words
 
 
 def _check_type(name: str, value, annotation) -> None:

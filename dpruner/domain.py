@@ -148,7 +148,7 @@ def stream_gradients(model: nn.Module, batches: list[torch.Tensor], consume: Cal
     Raises:
         InputError: no batches, too long ones, or a loss that is not finite.
     """
-    require_batches(model, batches)
+    require_batches(model, batches, least=2)
     linears = {n: m for n, m in prunable_linears(model).items() if names is None or n in names}
     take = _by_parts(linears, consume, _loss_scale(model))
     sums = sums or {}
@@ -196,7 +196,7 @@ def _by_parts(linears, consume, scale: float):
 def _tune_and_stream(model, batches, consume, tune: FineTune, *, stage, progress, sums, checkpoint) -> list[float]:
     """As `stream_gradients`, with a step of SGD after each batch. The first backward pass measures the norm and is scored, the second updates."""
     batches = [b[:, :tune.seqlen] for b in batches]
-    require_batches(model, batches)
+    require_batches(model, batches, least=2)
     batches = stack(batches, tune.batch_size) * tune.epochs
     trainable = dict(model.named_parameters())
     prunable = prunable_linears(model)
@@ -291,7 +291,7 @@ def score_batches(model: nn.Module, batches: list[torch.Tensor], names: Collecti
     """
     watched = {"stage": stage, "progress": progress, "checkpoint": checkpoint}
     if distributed.several() and not finetune:
-        require_batches(model, batches)
+        require_batches(model, batches, least=2)
         with distributed.announced(model, _share_batches, batches=batches, names=names, formula=formula, lam=lam, alpha=alpha):
             return _share_batches(model, batches, names, formula, lam, alpha, G, stage, progress)
     linears = prunable_linears(model)

@@ -201,18 +201,20 @@ def advice(config: RunConfig, model: nn.Module) -> str:
 
 
 def disk(config: RunConfig, model: nn.Module) -> int:
-    """Bytes of the run folder and of the general importance in the cache."""
+    """Bytes of the run folder, and of general importance and Fisher in the cache."""
     prunable, _ = count_weights(model)
     masks, ranks = _files(config)
-    moved = len(config.domains) * len(config.methods) if config.compensate else 0
-    return round(prunable * (masks / 8 + ranks + 4 * moved + 4))
+    moving = {"sparsegpt", *{"after": config.methods, "walk": ("dpruner",)}.get(config.compensate, ())}   # methods that write weights
+    moved = len(config.domains) * len(moving & set(config.methods)) * precision(config, model, str(pick_device(config.device))).itemsize
+    shared = 4 * (1 + (pipeline.wants_fishers(config) and config.fisher == "both"))
+    return round(prunable * (masks / 8 + ranks + moved + shared))
 
 
 def _files(config: RunConfig) -> tuple[int, int]:
     """How many mask files and rank files a run writes."""
     halves = 2 * len(set(pipeline.HALVED) & set(config.methods)) if pipeline.wants_halves(config) else 0
     masks = len(config.methods) + halves
-    sides = len({"domain", "general"} - set(config.methods)) if "dpruner" in config.methods else 0
+    sides = len({"domain", "general"} - set(config.methods)) if pipeline.wants_sides(config) else 0
     own = 2 * (config.sides and halves == 2 and "dpruner" in config.methods)   # of the domain's own importance, from the halves
     ranks = masks + sides + own - ("sparsegpt" in config.methods) - (config.compensate == "walk" and "dpruner" in config.methods)
     return masks * len(config.domains), ranks * len(config.domains)

@@ -1,5 +1,7 @@
 """Quality of a model on text: perplexity, with its interval (METHOD section 7)."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from dpruner.partial import NOTHING, Checkpoint
 from dpruner.walk import TOKENS_PER_PASS, Progress, quiet
 
 RESAMPLES = 2000
+CELLS = 2**22   # picks held in memory at once
 
 
 class Estimate(float):
@@ -34,14 +37,32 @@ class Estimate(float):
         return Estimate, (float(self), self.low, self.high, self.n, self.tokens)
 
 
+def require_seed(seed: int) -> None:
+    """Refuse a seed that not every generator takes.
+
+    Raises:
+        InputError: says so.
+    """
+    if not 0 <= seed < 2**63:
+        raise InputError(f"The seed {seed} cannot be used", "it is a whole number from 0, below 2⁶³", "give a number such as 0")
+
+
+def picks(n: int, seed: int) -> Iterator[np.ndarray]:
+    """Which of n pieces each of 2,000 draws with replacement takes; int (draws, n), some draws at a time."""
+    generator = np.random.default_rng(seed)
+    at_once = max(1, CELLS // n)
+    for start in range(0, RESAMPLES, at_once):
+        yield generator.integers(0, n, (min(at_once, RESAMPLES - start), n))
+
+
 def bootstrap_ratio(sums: np.ndarray, counts: np.ndarray, seed: int = 0) -> tuple[float, float]:
     """95 % percentile interval of Σ sums / Σ counts over pieces drawn with replacement.
 
     Args:
         sums, counts: (pieces,).
     """
-    picks = np.random.default_rng(seed).integers(0, len(sums), (RESAMPLES, len(sums)))
-    low, high = np.quantile(sums[picks].sum(1) / counts[picks].sum(1), (0.025, 0.975))
+    ratios = np.concatenate([sums[some].sum(1) / counts[some].sum(1) for some in picks(len(sums), seed)])
+    low, high = np.quantile(ratios, (0.025, 0.975))
     return float(low), float(high)
 
 
@@ -72,8 +93,9 @@ def perplexity(model: nn.Module, tokenizer, texts: list[str], seqlen: int | None
         Estimate of exp(mean negative log-likelihood in nats); `n` counts windows.
 
     Raises:
-        InputError: no text to predict, a window longer than the model allows, or a stride outside 1..seqlen.
+        InputError: no text to predict, a window longer than the model allows, a stride outside 1..seqlen, or a negative seed.
     """
+    require_seed(seed)
     _, sums, counts = window_losses(model, tokenizer, texts, seqlen, stride, batch_size=batch_size, stage=stage, progress=progress,
                                     checkpoint=checkpoint)
     return of_windows(sums, counts, seed)

@@ -16,6 +16,7 @@ from dpruner import metrics, scoring, store
 from dpruner.calibration import builtin_domains, load_texts
 from dpruner.config import RunConfig, split_domain
 from dpruner.errors import InputError
+from dpruner.evaluate import require_seed
 from dpruner.store import Run, open_run
 from dpruner.tasks import ITEMS, Task, drawn, load_task, text_task
 from dpruner.variants import DENSE, chosen, label, load_original, variant
@@ -49,8 +50,9 @@ def evaluate(run: Run | str | Path, tasks: Sequence[str | Path | Task] | None = 
         for perplexity as a share of its figure; the verdict is "better", "worse" or "inside the noise".
 
     Raises:
-        InputError: no such run, mask or task, or an item the model cannot read.
+        InputError: no such run, mask or task, an item the model cannot read, or a negative seed.
     """
+    require_seed(seed)
     run = run if isinstance(run, Run) else open_run(run)
     run.require_own_files()
     models = chosen(run, methods, domains)
@@ -189,10 +191,9 @@ def _own_tasks(config: RunConfig, label: str, limit: int | None, seed: int) -> l
     found = []
     if sources[label] in builtin_domains():
         found = [task for task in load_task(sources[label], limit, seed) if task.kind != "perplexity"]
-    for name, source, column in dict.fromkeys([(label, sources[label], config.column), (open_label, open_source, None)]):
-        texts = load_texts(source, "heldout", column=config.column if name in sources else column, limit=config.eval_documents)
-        if f"{name}-perplexity" not in {task.name for task in found}:
-            found.append(drawn(text_task(name, texts), limit, seed))
+    for name, source in {label: sources[label], open_label: open_source}.items():
+        texts = load_texts(source, "heldout", column=config.column if name in sources else None, limit=config.eval_documents)
+        found.append(drawn(text_task(name, texts), limit, seed))
     return found
 
 

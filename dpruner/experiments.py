@@ -1,13 +1,15 @@
 """Experiments: one question each, asked of several runs that differ in declared settings and are judged on the same texts.
 
-An experiment is a folder: `experiment.json` (what was asked), `status.json`, `points/<point>/` (a run folder each, without its large files once it
-is judged) and `results.parquet`. Its name follows from what is asked, so the same command goes on where an earlier one stopped: on the same files
-only, whose fingerprints are kept.
+An experiment is a folder: `experiment.json` (what was asked), `status.json`, `points/<point>/` (a run folder each, without its large files
+once it is judged) and `results.parquet`. Its name follows from what is asked, so the same command goes on where an earlier one stopped: on
+the same files only, whose fingerprints are kept.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,17 +22,18 @@ from dpruner.calibration import builtin_domains, load_texts
 from dpruner.config import RunConfig, split_domain
 from dpruner.designs import DESIGNS, Design, Point, points_of
 from dpruner.errors import InputError
-from dpruner.finetune import finetuned
+from dpruner.finetune import finetuned, require_library, require_way
 from dpruner.forecast import Forecast, Judged, Seconds, forecast, outlined_task, outlined_texts
 from dpruner.hub import CATALOGUE
 from dpruner.loading import pick_device
 from dpruner.masks import jaccard, jaccard_floor
 from dpruner.status import Status
 from dpruner.store import LazyMasks, Run
-from dpruner.tasks import Task, builtin_tasks, drawn, load_task, text_task
+from dpruner.tasks import Task, builtin_tasks, drawn, load_task, require_limit, text_task
 from dpruner.variants import DENSE
 
-FROM_RUNS = ("jaccard", "jaccard floor", "jaccard ceiling", "jaccard halves", "decisions changed by λ")   # figures of a run that its experiment keeps
+# figures of a run that its experiment keeps
+FROM_RUNS = ("jaccard", "jaccard floor", "jaccard ceiling", "jaccard halves", "decisions changed by λ")
 LARGE = ("weights", "ranks", "edges")   # folders of a point that nothing needs once it is judged
 LIMIT = 100     # items of a task
 STEPS = 100     # that a point is told in
@@ -53,7 +56,8 @@ class Experiment(Run):
         path = self.folder / "experiment.json"
         found = store.read_json(path)
         if found.get("name") not in DESIGNS or not isinstance(found.get("config"), dict):
-            raise InputError(f"The file {path} cannot be used", "it is damaged, or of another version of this program", "delete its folder and run again")
+            raise InputError(f"The file {path} cannot be used", "it is damaged, or of another version of this program",
+                             "delete its folder and run again")
         return found
 
     @property
@@ -78,7 +82,8 @@ class Experiment(Run):
         for name, then in self.record.get("files", {}).items():
             path = files.existing(name)
             if path is None or files.fingerprint(path) != then:
-                raise InputError(f"The experiment {self.id} cannot go on", f"{name!r} has changed since it began, and its earlier figures are of the old content",
+                raise InputError(f"The experiment {self.id} cannot go on",
+                                 f"{name!r} has changed since it began, and its earlier figures are of the old content",
                                  f"bring the old content back, or give the new one another name, or delete {self.folder} to begin anew")
 
     def require_same_model(self, run: Run) -> None:
@@ -90,7 +95,8 @@ class Experiment(Run):
         first = next((other for other in map(self.run_of, self.points()) if is_judged(other)), run)
         if first.record["model"]["fingerprint"] != run.record["model"]["fingerprint"]:
             shutil.rmtree(run.folder)
-            raise InputError(f"The experiment {self.id} cannot go on", "its model has changed since it began, and its earlier figures are of the old one",
+            raise InputError(f"The experiment {self.id} cannot go on",
+                             "its model has changed since it began, and its earlier figures are of the old one",
                              f"bring the old one back, or give the new one another name, or delete {self.folder} to begin anew")
 
     def results(self) -> pd.DataFrame:
@@ -102,28 +108,26 @@ class Experiment(Run):
         return store.read_table(self.folder / "results.parquet")
 
 
-def asked(name: str, config: RunConfig, *, values: Sequence | None = None, tasks: Sequence[str] | None = None, limit: int | None = LIMIT) -> dict:
+def asked(name: str, config: RunConfig, *, values: Sequence | None = None, tasks: Sequence[str] | None = None,
+          limit: int | None = LIMIT) -> dict:
     """What an experiment asks, as experiment.json holds it.
 
     Args:
         name: of DESIGNS.
         config: settings of all its runs, but for what each point changes.
         values: on the axis; default the usual ones.
-        tasks: names or files as `evaluate` takes them, for every mask; default perplexity on held-out text of its domain and of the open domain.
+        tasks: names or files as `evaluate` takes them, for every mask; default perplexity on held-out text of its domain and of the open
+            domain.
         limit: items of each task, at most.
 
     Raises:
-        InputError: the name, a value or a setting cannot be used.
+        InputError: the name, a value, the limit or a setting cannot be used.
     """
     if name not in DESIGNS:
         raise InputError(f"The experiment {name!r} is not known", "each asks one question", f"choose one of {', '.join(DESIGNS)}")
     design = DESIGNS[name]
-    values = list(values or design.values)
-    if isinstance(design.values[0], float | int):
-        try:
-            values = [type(design.values[-1])(v) if "." not in str(v) else float(v) for v in values]
-        except ValueError:
-            raise InputError(f"The values {', '.join(map(str, values))} cannot be used", f"{design.axis} is a number", "correct them") from None
+    values = list(dict.fromkeys(_on_axis(value, design) for value in values or design.values))
+    require_limit(limit)
     config = dataclasses.replace(config, evaluate=False, halves=False, sides=False)
     for value in values:
         try:
@@ -132,7 +136,27 @@ def asked(name: str, config: RunConfig, *, values: Sequence | None = None, tasks
             raise InputError(f"The value {value!r} cannot be used", f"it is no {design.axis}", f"take such as {design.values[0]}") from None
         for point in points:
             dataclasses.replace(config, **point.settings).check()
+            require_way(point.tune)
     return {"name": name, "config": config.to_dict(), "values": values, "tasks": [str(t) for t in tasks] if tasks else None, "limit": limit}
+
+
+def _on_axis(value, design: Design):
+    """A value as the usual ones are: a number where they are numbers, and a whole one where all of them are.
+
+    Raises:
+        InputError: it is none.
+    """
+    kinds = {type(usual) for usual in design.values}
+    if kinds == {str}:
+        return value
+    with contextlib.suppress(ValueError):
+        number = float(value)
+        if int in kinds and number.is_integer():
+            return int(number)
+        if float in kinds and math.isfinite(number):
+            return number
+    raise InputError(f"The value {value!r} cannot be used", f"{design.axis} is a {'whole ' * (float not in kinds)}number",
+                     f"take such as {design.values[0]}")
 
 
 def place(question: dict, root: str | Path = "experiments") -> Experiment:
@@ -215,6 +239,8 @@ def conduct(experiment: Experiment, *, cache: str | Path = "cache", watch: Calla
             waiting(ahead)
 
         experiment.require_same_files()
+        for point in points:
+            require_library(point.tune)
         expected = foreseen(record, experiment).points
         status.plan = [(point.slug, sum(seconds), point.slug) for point, seconds in zip(points, expected, strict=True)]
         dense = None   # answers of the original, which all points share
@@ -227,7 +253,8 @@ def conduct(experiment: Experiment, *, cache: str | Path = "cache", watch: Calla
                 status.step(point.slug, 0, STEPS)
                 if dense:
                     shutil.copytree(dense, run.folder / evaluations.FOLDER / DENSE, dirs_exist_ok=True)
-                _conduct(experiment, run, point, cache, seconds, lambda share, slug=point.slug: status.step(slug, min(round(STEPS * share), STEPS - 1), STEPS), wait)
+                _conduct(experiment, run, point, cache, seconds,
+                         lambda share, slug=point.slug: status.step(slug, min(round(STEPS * share), STEPS - 1), STEPS), wait)
             dense = run.folder / evaluations.FOLDER / DENSE
             found = summed_up(experiment)   # after each, so that what is known so far can be seen
             store.write_table(experiment.folder / "results.parquet", found)
@@ -247,7 +274,8 @@ def _conduct(experiment: Experiment, run: Run, point: Point, cache, seconds: Sec
     if point.tune:
         finetuned(run, point.tune)
     tasks, answering = judged_on(record), []
-    pairs = sum(len(given) * (1 + len(labels) * len(config.methods)) for labels, given in tasks)   # of a model and a task, the dense one's among them
+    # of a model and a task, the dense one's among them
+    pairs = sum(len(given) * (1 + len(labels) * len(config.methods)) for labels, given in tasks)
 
     def answered(what: str, done: int, total: int) -> None:
         answering.extend({what} - set(answering))
@@ -266,7 +294,8 @@ def is_judged(run: Run) -> bool:
 
 
 def judged_on(question: dict, task: Callable = load_task, texts: Callable = load_texts) -> list[tuple[list[str], list[Task]]]:
-    """(domains, tasks that their masks are given): those that were named, or held-out text of the domain and of the open domain, as a run takes it.
+    """(domains, tasks that their masks are given): those that were named, or held-out text of the domain and of the open domain, as a run
+    takes it.
 
     Args:
         question: as `asked` gives it or `Experiment.record` holds it.
@@ -276,7 +305,8 @@ def judged_on(question: dict, task: Callable = load_task, texts: Callable = load
     labels, open_label = [split_domain(d)[0] for d in config.domains], split_domain(config.general)[0]
     if question["tasks"]:
         return [(labels, [one for name in question["tasks"] for one in task(name, limit, config.seed)])]
-    read = {label: drawn(text_task(label, texts(source, "heldout", column=config.column if label != open_label else None, limit=config.eval_documents)), limit, 0)
+    read = {label: drawn(text_task(label, texts(source, "heldout", column=config.column if label in labels else None,
+                                                limit=config.eval_documents)), limit, 0)
             for label, source in dict(split_domain(d) for d in (*config.domains, config.general)).items()}
     together = [labels] if question["name"] == "transfer" else [[label] for label in labels]
     return [(of, [read[name] for name in dict.fromkeys((*of, open_label))]) for of in together]
@@ -308,8 +338,8 @@ def summed_up(experiment: Experiment) -> pd.DataFrame:
         against = answers.get(key) if domain and key != (x, series, domain, task) else None
         for metric in metrics.METRICS[rows.attrs["kind"]]:
             value = metrics.figure(metric, rows)
-            row = {"x": x, "series": series, "method": rows.attrs["method"], "domain": domain, "task": task, "metric": metric.name, "value": float(value),
-                   "low": value.low, "high": value.high, "n": value.n}
+            row = {"x": x, "series": series, "method": rows.attrs["method"], "domain": domain, "task": task, "metric": metric.name,
+                   "value": float(value), "low": value.low, "high": value.high, "n": value.n}
             if against is not None:
                 gap = metrics.difference(metric, rows, against)
                 row |= {"against": key[2] if other == "own" else other, "difference": float(gap),
@@ -331,12 +361,12 @@ def _taken_back(points: list[Point], answers: dict) -> Iterator[dict]:
         if series in walks and theirs is not None and dense is not None and rows.attrs["kind"] == "perplexity":
             share = metrics.taken_back(rows, theirs, dense)
             if share is not None:
-                yield {"x": x, "series": series, "method": rows.attrs["method"], "domain": domain, "task": task, "metric": TAKEN_BACK, "value": float(share),
-                       "low": share.low, "high": share.high, "n": share.n}
+                yield {"x": x, "series": series, "method": rows.attrs["method"], "domain": domain, "task": task, "metric": TAKEN_BACK,
+                       "value": float(share), "low": share.low, "high": share.high, "n": share.n}
 
 
 def _over_seeds(answers: dict, seeds: set[str]) -> dict:
-    """Answers as of a seed "all", once all seeds have answered: each window's loss is summed, so that perplexity is that of the mean loss."""
+    """Answers as of a seed "all", once all seeds have answered: each window's loss is summed, so perplexity is that of the mean loss."""
     found: dict[tuple, list[pd.DataFrame]] = {}
     for (_, *of), rows in answers.items():
         found.setdefault((ALL, *of), []).append(rows)
@@ -361,8 +391,8 @@ def _between_seeds(experiment: Experiment, points: list[Point]) -> Iterator[dict
                 for method, domain in one.pairs():
                     a, b = (LazyMasks(run.path("masks", method, domain)) for run in (one, other))
                     for metric, value in (("jaccard between seeds", jaccard(a, b)), ("jaccard floor", jaccard_floor(a, b))):
-                        yield {"x": x, "series": method, "method": method, "domain": domain, "task": domain, "metric": metric, "value": value,
-                               "n": sum(m.numel() for m in a.values())}
+                        yield {"x": x, "series": method, "method": method, "domain": domain, "task": domain, "metric": metric,
+                               "value": value, "n": sum(m.numel() for m in a.values())}
 
 
 def find_experiments(root: str | Path = "experiments") -> list[Experiment]:

@@ -5,7 +5,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM
 
 from dpruner.config import RunConfig, split_domain
 from dpruner.errors import InputError
@@ -78,11 +80,44 @@ def verify(folder: Path, masks) -> int:
             continue
         with safe_open(path, framework="pt") as file:
             for name in set(file.keys()) & set(left):
-                if file.get_tensor(name)[~left.pop(name)].count_nonzero():
-                    raise InputError("The export is not as sparse as its mask", f"{name} has weights that should be zero", "report it with its settings")
+                _require_zeros(name, file.get_tensor(name), left.pop(name))
+    if left:   # some families store weights under other names, or several as one: then as a loader finds them
+        for name, weight in _loaded(folder).items():
+            if name in left:
+                _require_zeros(name, weight, left.pop(name))
     if left:
         raise InputError("The export is incomplete", f"{next(iter(left))} is not in the written files", "report it with its settings")
     return sum(int((~m).sum()) for m in masks.values())
+
+
+def _loaded(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint by the names that the model has for them; none where a file is missing."""
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True, trust_remote_code=False,
+                                                           output_loading_info=True)
+    except OSError:
+        return {}
+    return {name: p.detach() for name, p in model.named_parameters() if name not in info["missing_keys"]}
+
+
+def _require_zeros(name: str, weight: torch.Tensor, mask: torch.Tensor) -> None:
+    if weight[~mask].count_nonzero():
+        raise InputError("The export is not as sparse as its mask", f"{name} has weights that should be zero",
+                         "report it with its settings")
+
+
+def calibrated_on(config: RunConfig, method: str, domain: str) -> str:
+    """What text a method has looked at, in a sentence."""
+    sides = {"general": {"general"}, "domain": {"domain"}, "mix": {"general", "domain"}}
+    seen = {"dpruner": sides["mix"], "domain": sides["domain"], "general": sides["general"], "magnitude": set(), "random": set()}.get(
+        method, sides[config.baseline_calibration])
+    if config.compensate == "after" and method != "sparsegpt":
+        seen = seen | sides[config.hessian]
+    names = {"domain": Path(dict(map(split_domain, config.domains))[domain]).name,
+             "general": f"the open domain ({Path(config.general).name})"}
+    texts = " and as many of ".join(name for side, name in names.items() if side in seen)
+    return f"Calibrated on {config.nsamples} sequences of {config.seqlen} tokens from {texts}, seed {config.seed}." if texts else \
+        f"No text was looked at; seed {config.seed}."
 
 
 def model_card(run: Run, config: RunConfig, method: str, domain: str, zeros: int, prunable: int, total: int) -> str:
@@ -90,14 +125,12 @@ def model_card(run: Run, config: RunConfig, method: str, domain: str, zeros: int
     metrics = run.metrics()
     quality = metrics[(metrics.metric == "perplexity") & metrics.method.isin(["dense", method]) & (metrics.domain == domain)]
     lines = [f"| {r.method} | {r.text} | {r.value:.2f} | {r.low:.2f} to {r.high:.2f} | {r.n} |" for r in quality.itertuples()]
-    sources = dict(split_domain(d) for d in config.domains)
     table = ["| model | held-out text | perplexity | 95 % interval | windows |", "|---|---|---|---|---|", *lines] if lines else ["Not evaluated."]
     return "\n".join([
         "---", f"base_model: {config.model if not Path(config.model).exists() else Path(config.model).name}", "tags: [pruning, sparse, d-pruner]", "---", "",
         f"# {Path(config.model).name}, pruned for {domain} with {method}", "",
         f"{zeros:,} of {prunable:,} prunable weights are zero ({zeros / prunable:.2%}; {zeros / total:.2%} of the whole model), counted in these files.",
-        f"Calibrated on {config.nsamples} sequences of {config.seqlen} tokens from {Path(sources.get(domain, domain)).name} "
-        f"and as many of the open domain ({Path(config.general).name}), seed {config.seed}.", "",
+        calibrated_on(config, method, domain), "",
         "## Quality", "", *table, "",
         "## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer",
         'model = AutoModelForCausalLM.from_pretrained("this folder")', 'tokenizer = AutoTokenizer.from_pretrained("this folder")', "```", "",

@@ -1,6 +1,5 @@
 """docs/RESULTS.md, written from stored experiments: their tables, and before them the sentences that follow from these."""
 
-import dataclasses
 import math
 import shlex
 from collections.abc import Callable, Iterator
@@ -10,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from dpruner.compensate import FISHER_ENOUGH
-from dpruner.config import RunConfig
+from dpruner.config import RunConfig, options
 from dpruner.designs import DESIGNS, TUNED, Design
 from dpruner.errors import InputError
 from dpruner.experiments import ALL, LIMIT, TAKEN_BACK, Experiment, find_experiments
@@ -74,14 +73,10 @@ def model_of(experiment: Experiment) -> str:
 
 def command(experiment: Experiment) -> str:
     """The line that conducts an experiment again."""
-    record, words = experiment.record, ["python", "-m", "dpruner", "experiment", experiment.record["name"]]
-    config, usual = RunConfig.from_dict(record["config"]), RunConfig(evaluate=False, halves=False, sides=False)
-    for field in dataclasses.fields(config):
-        value, flag = getattr(config, field.name), f"--{field.name.replace('_', '-')}"
-        if value == getattr(usual, field.name) and field.name != "domains" or field.name == "methods":
-            continue
-        for one in value if isinstance(value, tuple) else [value]:
-            words += [f"--{field.name.removesuffix('s')}" if isinstance(value, tuple) else flag, str(one)]
+    record = experiment.record
+    config = RunConfig.from_dict(record["config"])
+    usual = RunConfig(methods=config.methods, evaluate=False, halves=False, sides=False)   # what each point decides by itself
+    words = ["python", "-m", "dpruner", "experiment", record["name"], *options(config, usual, always=["domains"])]
     if record["values"] != list(experiment.design.values):
         words += [word for value in record["values"] for word in ("--value", str(value))]
     words += [word for task in record["tasks"] or () for word in ("--task", task)]

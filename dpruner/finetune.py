@@ -1,5 +1,6 @@
 """Tuning of a pruned model's kept weights, its mask held: what is zero stays zero."""
 
+import importlib.util
 from collections.abc import Mapping
 
 import torch
@@ -22,6 +23,27 @@ ROOM = {"full": 7.0, "lora": 3.0}   # times the weights: copies, masks, gradient
 EPOCHS, BATCH, RANK = 2, 8, 8
 
 
+def require_way(way: str | None) -> None:
+    """Refuse a tuning that is not known; None is no tuning.
+
+    Raises:
+        InputError: says so.
+    """
+    if way not in (None, *WAYS):
+        raise InputError(f"The tuning {way!r} is not known", "a pruned model is tuned in one of two ways", f"choose one of {', '.join(WAYS)}")
+
+
+def require_library(way: str | None) -> None:
+    """Refuse a tuning whose library is not installed.
+
+    Raises:
+        InputError: says how to install it.
+    """
+    if way == "lora" and importlib.util.find_spec("peft") is None:
+        raise InputError("The tuning 'lora' cannot be done", "it needs the library peft, which is not installed",
+                         'install it with pip install "dpruner[finetune]", or tune in the way "full"')
+
+
 def finetuned(run: Run, way: str = "full", *, epochs: int = EPOCHS, rate: float | None = None, progress: Progress = quiet) -> None:
     """Tune every pruned model of a run on calibration text of its domain and of the open domain; its weights file then holds the tuned ones.
 
@@ -36,8 +58,7 @@ def finetuned(run: Run, way: str = "full", *, epochs: int = EPOCHS, rate: float 
     Raises:
         InputError: the way is not known, or peft is not installed.
     """
-    if way not in WAYS:
-        raise InputError(f"The tuning {way!r} is not known", "a pruned model is tuned in one of two ways", f"choose one of {', '.join(WAYS)}")
+    require_way(way)
     config = RunConfig.from_dict(run.config)
     model, tokenizer = load_original(run, room=ROOM[way])
     sources = dict(split_domain(d) for d in config.domains)
@@ -97,11 +118,8 @@ def tune_lora(model: nn.Module, batches: list[torch.Tensor], masks: Mapping[str,
     Raises:
         InputError: peft is not installed.
     """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise InputError("The tuning 'lora' cannot be done", "it needs the library peft, which is not installed",
-                         'install it with pip install "dpruner[finetune]", or tune in the way "full"') from None
+    require_library("lora")
+    from peft import LoraConfig, get_peft_model   # an extra
     torch.manual_seed(0)   # of the adapters' first values
     names = {n: n.removesuffix(".weight") for n in masks}
     adapted = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(names.values())))

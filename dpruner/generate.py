@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dpruner.errors import InputError
+from dpruner.evaluate import require_seed
 from dpruner.model import max_length
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"   # what decoders write for the beginning of a character whose other bytes are in the next token
@@ -58,8 +59,7 @@ def generate(model: nn.Module, tokenizer, prompt: str, *, max_new_tokens: int = 
         raise InputError(f"The temperature {temperature} cannot be used", "it is 0 or more; 0 is greedy", "give a number such as 0.8")
     if not 0 < top_p <= 1:
         raise InputError(f"top_p = {top_p} cannot be used", "it is a share of probability, above 0 and up to 1", "give a number such as 0.9")
-    if not 0 <= seed < 2**63:
-        raise InputError(f"The seed {seed} cannot be used", "it is a whole number from 0", "give a number such as 0")
+    require_seed(seed)
     ids = prompt_ids(model, tokenizer, prompt)
     room = (max_length(model) or len(ids) + max_new_tokens) - len(ids)
     ends = end_tokens(model, tokenizer) if stop else frozenset()

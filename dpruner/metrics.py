@@ -11,9 +11,8 @@ import numpy as np
 import pandas as pd
 
 from dpruner.errors import InputError
-from dpruner.evaluate import RESAMPLES, Estimate
+from dpruner.evaluate import Estimate, picks
 
-CELLS = 2**22                                       # draws held in memory at once
 BETTER, WORSE, NOISE = "better", "worse", "inside the noise"
 Statistic = Callable[[np.ndarray], np.ndarray]      # how often each item was drawn (r, n) -> a figure of each draw (r,)
 
@@ -80,12 +79,9 @@ METRICS = {"choice": (MACRO_F1, ACCURACY), "yes-no-maybe": (MACRO_F1, ACCURACY),
 
 def draws(n: int, seed: int) -> Iterator[np.ndarray]:
     """How often each of n items is drawn, with replacement, in 2,000 draws of n; float (draws, n), some draws at a time."""
-    generator = np.random.default_rng(seed)
-    at_once = max(1, CELLS // n)
-    for start in range(0, RESAMPLES, at_once):
-        size = min(at_once, RESAMPLES - start)
-        picks = generator.integers(0, n, (size, n)) + n * np.arange(size)[:, None]
-        yield np.bincount(picks.ravel(), minlength=size * n).reshape(size, n).astype(float)
+    for some in picks(n, seed):
+        apart = some + n * np.arange(len(some))[:, None]
+        yield np.bincount(apart.ravel(), minlength=some.size).reshape(some.shape).astype(float)
 
 
 def _interval(statistic: Statistic, n: int, seed: int) -> tuple[float, float]:
@@ -152,8 +148,8 @@ def taken_back(rows: pd.DataFrame, others: pd.DataFrame, dense: pd.DataFrame, se
 
 
 def verdict(metric: Metric, difference: Estimate) -> str:
-    """What a difference says: "better", "worse", or "inside the noise" where its interval holds 0."""
-    if difference.low <= 0 <= difference.high:
+    """What a difference says: "better", "worse", or "inside the noise" where its interval holds 0, or where a single item tells of no noise."""
+    if difference.n < 2 or difference.low <= 0 <= difference.high:
         return NOISE
     return BETTER if (difference > 0) == metric.higher else WORSE
 

@@ -35,16 +35,16 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def linears_of(model: nn.Module, module: nn.Module) -> dict[str, nn.Module]:
     """The prunable linears inside `module`, keyed by the full name of their weight in `model`, in the order of the model.
 
-    A weight that is also used elsewhere (tied to the embeddings, or shared by two linears) appears once or not at all: masking it would change
-    more than this linear.
+    A weight tied to the embeddings is left alone, and one that several linears share belongs to the first of them in the model.
     """
-    inside = {id(m) for m in module.modules() if isinstance(m, nn.Linear | Conv1D)}
-    outside = {id(p) for e in (model.get_input_embeddings(), model.get_output_embeddings()) if e is not None for p in e.parameters()}
+    inside = {id(m) for m in module.modules()}
+    taken = {id(p) for e in (model.get_input_embeddings(), model.get_output_embeddings()) if e is not None for p in e.parameters()}
     found = {}
     for name, m in model.named_modules():
-        if id(m) in inside and id(m.weight) not in outside:
-            outside.add(id(m.weight))
-            found[f"{name}.weight"] = m
+        if isinstance(m, nn.Linear | Conv1D) and id(m.weight) not in taken:
+            taken.add(id(m.weight))
+            if id(m) in inside:
+                found[f"{name}.weight"] = m
     return found
 
 
@@ -155,18 +155,23 @@ def require_length(model: nn.Module, seqlen: int, setting: str = "seqlen") -> No
         raise InputError(f"Sequences of {seqlen} tokens are too long", f"the model was built for at most {limit}", f"set {setting} to {limit} or less")
 
 
-def require_batches(model: nn.Module, batches: list[torch.Tensor]) -> None:
-    """Refuse calibration that is empty or has sequences the model has no positions for.
+def require_batches(model: nn.Module, batches: list[torch.Tensor], least: int = 1) -> None:
+    """Refuse calibration that is empty or has sequences that are too short, or that the model has no positions for.
 
     Args:
         batches: LongTensors (b, seqlen).
+        least: tokens of a sequence; 2 where the next token is predicted.
 
     Raises:
         InputError: says which.
     """
     if not batches:
         raise InputError("There is nothing to calibrate on", "the list of batches is empty", "load at least one sequence")
-    require_length(model, max(b.shape[1] for b in batches))
+    lengths = [b.shape[1] for b in batches]
+    if min(lengths) < least:
+        raise InputError(f"Sequences of {min(lengths)} tokens are too short",
+                         "there is no next token to predict in them" if least > 1 else "they say nothing", f"give {least} tokens or more")
+    require_length(model, max(lengths))
 
 
 def require_finite(model: nn.Module) -> None:

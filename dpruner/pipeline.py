@@ -228,7 +228,7 @@ def prunable_sparsity(config: RunConfig, model) -> float:
     wanted = config.sparsity * (total / prunable if config.sparsity_of == "model" else 1)
     if wanted > 1:
         raise InputError(f"A sparsity of {config.sparsity} of the whole model cannot be reached",
-                         f"only {prunable / total:.0%} of its weights are prunable", f"ask for at most {prunable / total:.2f}")
+                         f"only {prunable / total:.0%} of its weights are prunable", f"ask for at most {100 * prunable // total / 100:.2f}")   # never rounded up
     return wanted
 
 

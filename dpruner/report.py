@@ -37,7 +37,8 @@ def similarity(run: Run, methods: Sequence[str] | None = None, domains: Sequence
     """How alike the masks of every two domains of a run are.
 
     Args:
-        methods, domains: of the run; default all.
+        methods: of the run; default all.
+        domains: of the run: one beside each of the others, or several among each other; default all.
         matrices: for each matrix by itself, counted from the masks; else for the whole model, from the run's table.
 
     Returns:
@@ -56,7 +57,9 @@ def similarity(run: Run, methods: Sequence[str] | None = None, domains: Sequence
                 raise InputError(f"The run {run.id} has no {what} {name!r}", f"it has {', '.join(sorted(held - {'dense'}))}", "choose one of these")
     if told.empty:
         raise InputError(f"The run {run.id} has no similarities", "it was pruned for one domain only", "choose a run of two domains or more")
-    told = told[told.method.isin(methods or set(told.method)) & (told.domain.isin(domains or set(told.domain)) | told.text.isin(domains or set(told.text)))]
+    if domains:
+        told = told[told[["domain", "text"]].isin(domains).sum(axis=1) >= min(2, len(set(domains)))]
+    told = told[told.method.isin(methods or set(told.method))]
     if matrices:
         return [row for r in told.itertuples() for row in _by_matrix(run, r.method, r.domain, r.text)]
     floors = table[table.metric == "jaccard floor"].set_index(["method", "domain", "text"]).value

@@ -25,7 +25,8 @@ def show_run(result: dict, console: Console) -> None:
     for domain in dict.fromkeys(row["domain"] for row in result["rows"]):
         dense = [{"domain": domain, "method": DENSE, "perplexity": result["dense"][domain]}] if judged else []
         for row in (*dense, *(row for row in result["rows"] if row["domain"] == domain)):
-            texts = (*row["perplexity"].values(), None, None)[:len(judged)]
+            found = row["perplexity"]
+            texts = (found.get(domain), next((e for text, e in found.items() if text != domain), None))[:len(judged)]
             shares = [f"{row[k]:.1%}" for k in ("sparsity of prunable weights", "sparsity of the whole model") if k in row]   # of these, then of all
             table.add_row(domain, row["method"], *map(figure, texts), " / ".join(shares) or "–")
         table.add_section()

@@ -120,8 +120,9 @@ def _index(value, names: list[str], column: str) -> int:
     lowered = [name.lower() for name in names]
     if said.lower() in lowered:
         return lowered.index(said.lower())
-    if said.isdigit() and int(said) < len(names):
-        return int(said)
+    numbers = [str(i) for i in range(len(names))]
+    if said in numbers:
+        return numbers.index(said)
     shown = ", ".join(names) if len(" ".join(names)) < 60 else f"its {len(names)} choices"
     raise _Unfit(f"says {said[:40]!r} in {column}, which is none of {shown}, nor the number of one from 0")
 
@@ -145,7 +146,8 @@ def _yes_no_maybe(row: Mapping, id: str) -> tuple[str, Item]:
 
 def _holding(row: Mapping, id: str) -> tuple[str, Item]:
     before = _text(row, "citing_prompt|context").partition(HOLDING)[0]   # where it is missing, the text ends at that place
-    holdings = _texts(row, "endings") if "endings" in row else [_text(row, c) for c in sorted(row) if c.startswith("holding_")]
+    columns = sorted((c for c in row if c.startswith("holding_")), key=lambda c: (len(c), c))   # 2 before 10
+    holdings = _texts(row, "endings") if "endings" in row else [_text(row, c) for c in columns]
     space = "" if before.endswith("(") else " "
     return "choice", Item(id, before.rstrip(), "", tuple(space + h for h in holdings), _index(row["label"], list(map(str, range(len(holdings)))), "label"))
 
@@ -194,8 +196,7 @@ def load_task(name: str | Path, limit: int | None = ITEMS, seed: int = 0) -> lis
     Raises:
         InputError: the name is not known, or what it stands for cannot be read or is no task.
     """
-    if limit is not None and limit < 1:
-        raise InputError(f"The limit {limit} cannot be used", "no item would be left", "give 1 or more")
+    require_limit(limit)
     label, source = split_domain(str(name))
     builtin = builtin_tasks()
     if str(name) in builtin_domains():
@@ -259,8 +260,23 @@ def text_task(label: str, texts: list[str]) -> Task:
     return Task(f"{label}-perplexity", "perplexity", tuple(Item(str(i), text) for i, text in enumerate(texts)))
 
 
+def require_limit(limit: int | None) -> None:
+    """Refuse a limit that leaves no item.
+
+    Raises:
+        InputError: says so.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"The limit {limit} cannot be used", "no item would be left", "give 1 or more")
+
+
 def drawn(task: Task, limit: int | None, seed: int) -> Task:
-    """At most `limit` of a task's items, drawn by the seed, in their order."""
+    """At most `limit` of a task's items, drawn by the seed, in their order.
+
+    Raises:
+        InputError: the limit leaves none.
+    """
+    require_limit(limit)
     if limit is None or len(task.items) <= limit:
         return task
     chosen = np.sort(np.random.default_rng(seed).permutation(len(task.items))[:limit])

@@ -17,18 +17,21 @@ class Texts:
     """
 
     def __init__(self, config: RunConfig, tokenizer):
-        def batches(source):
-            return load_calibration(source, tokenizer, config.nsamples, config.seqlen, config.seed, column=config.column)
+        self.open_label, open_source = split_domain(config.general)
+        domains = dict(split_domain(d) for d in config.domains)
+        sources = {self.open_label: open_source, **domains}
+        columns = {label: config.column if label in domains else None for label in sources}   # the open domain may be one of them
 
-        sources = dict(split_domain(d) for d in config.domains)
-        self.labels = list(sources)
-        self.open_label = split_domain(config.general)[0]
-        self.general = load_calibration(split_domain(config.general)[1], tokenizer, config.nsamples, config.seqlen, config.seed)
-        self.domains = {label: batches(source) for label, source in sources.items()}
+        def batches(label):
+            return load_calibration(sources[label], tokenizer, config.nsamples, config.seqlen, config.seed, column=columns[label])
+
+        self.labels = list(domains)
+        self.general = batches(self.open_label)
+        self.domains = {label: batches(label) for label in domains}
         self.heldout = {}
         if config.evaluate:
-            for label, source in {self.open_label: split_domain(config.general)[1], **sources}.items():
-                self.heldout[label] = load_texts(source, "heldout", column=config.column if label in sources else None, limit=config.eval_documents)
+            self.heldout = {label: load_texts(source, "heldout", column=columns[label], limit=config.eval_documents)
+                            for label, source in sources.items()}
 
     def judged(self, label: str) -> list[str]:
         """The held-out texts a mask of this domain is judged on: the domain's and the open domain's; none where nothing is evaluated."""

@@ -1,12 +1,13 @@
 """Run a decoder block by block: catch what enters each block, and what enters each linear."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
 
 from dpruner import distributed, memory, offload
+from dpruner.errors import InputError
 from dpruner.hessian import Hessian
 from dpruner.masks import as_rows, precise
 from dpruner.model import decoder_blocks, linears_of, require_batches, stored_transposed
@@ -188,7 +189,9 @@ def walk(model: nn.Module, calibrations: list[list[torch.Tensor]], visit: Callab
     """Go through the decoder block by block with the Hessian of every linear, as SparseGPT does (METHOD section 2).
 
     In a block the Hessians of all linears are taken with the block's own weights, on inputs that the blocks before it produced after their
-    update. Linears fed by the same tensor share one Hessian and are visited together. The model's weights are untouched afterwards.
+    update. Linears fed by the same tensor share one Hessian and are visited together. Of what no text was seen to reach, such as an expert
+    without a token, or a linear whose weight the model takes without calling it, all inputs count alike. The model's weights are untouched
+    afterwards.
 
     Args:
         calibrations: one or more sets of calibration batches, each a list of LongTensors (b, seqlen); their Hessians stay apart.
@@ -201,7 +204,7 @@ def walk(model: nn.Module, calibrations: list[list[torch.Tensor]], visit: Callab
         checkpoint: where results and the inputs of the next block are kept after a block, and from which an earlier walk is continued.
 
     Raises:
-        InputError: a calibration set is empty or too long for the model.
+        InputError: a calibration set is empty or too long for the model, or the model overflows on it.
     """
     for batches in calibrations:
         require_batches(model, batches)
@@ -230,10 +233,14 @@ def _walk(model, calibrations, visit, results, update, stage, progress, checkpoi
         # without an update the pass that collects the inputs is the pass that makes the next block's
         hessians = [_collect(block, linears, hidden, calls[index], keep_output=not update) for hidden, calls in sets]
         with _original_weights(linears) if update else contextlib.nullcontext():
-            for names in sorted(set().union(*distributed.gathered({names for found in hessians for names in found}))):
+            for names in _groups(linears, distributed.gathered({names for found in hessians for names in found})):
                 rows = {n: _rows_of(linears[n]) for n in names}
                 like = rows[names[0]]
                 of_sets = [distributed.add_up((found.get(names) or Hessian(like.shape[1])).to(like)) for found in hessians]
+                _require_finite(of_sets, names[0])
+                if not any(h.count for h in of_sets):
+                    for h in of_sets:
+                        h.total.fill_diagonal_(1)
                 new = visit(rows, of_sets) if visit else rows
                 for n in names if update else ():
                     as_rows(linears[n].weight.data, stored_transposed(linears[n])).copy_(new[n])
@@ -247,6 +254,28 @@ def _walk(model, calibrations, visit, results, update, stage, progress, checkpoi
         checkpoint.offer(index + 1, lambda: {_HIDDEN.format(k, j): x for k, (hidden, _) in enumerate(sets) for j, x in enumerate(hidden)},
                          {f"{what} {n}": found[n] for what, found in results.items() for n in linears})
     progress(stage, len(blocks), len(blocks))
+
+
+def _groups(linears: Mapping[str, nn.Module], seen: Iterable[set[tuple[str, ...]]]) -> list[tuple[str, ...]]:
+    """The linears of a block that are visited together; alone what no text was seen to reach.
+
+    Args:
+        seen: the groups that each process has seen.
+    """
+    groups = sorted(set().union(*seen))
+    reached = {name for names in groups for name in names}
+    return groups + [(name,) for name in linears if name not in reached]
+
+
+def _require_finite(hessians: list[Hessian], name: str) -> None:
+    """Refuse text on which the model overflows.
+
+    Raises:
+        InputError: names a linear into which NaN or infinite values flow.
+    """
+    if not all(torch.isfinite(h.total.diagonal()).all() for h in hessians):
+        raise InputError(f"What flows into {name} is not finite", "the model overflows on the calibration text in its precision",
+                         "use bfloat16 or float32, or other calibration text")
 
 
 def _rows_of(linear: nn.Module) -> torch.Tensor:

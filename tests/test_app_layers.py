@@ -11,6 +11,7 @@ from pages import cells, figure, shown, words
 from analysis.matrices import split_name
 from analysis.sparsity import importance_kept
 from app import state
+from dpruner import store
 
 
 def opened(**session):
@@ -35,6 +36,15 @@ def test_the_map_shows_what_counting_by_hand_finds(run, sparsity):
     expected = {split_name(n): times_chance(m.numpy()) for n, m in masks.items()}
     assert cells(figure(page, "layers-map")) == pytest.approx(expected)
     assert f"differ {min(expected.values()):.1f} to {max(expected.values()):.1f} times as much as chance" in words(page)
+
+
+def test_the_slider_means_the_prunable_weights_also_where_a_run_was_asked_for_a_share_of_all(run):
+    record = run.record
+    asked = 0.5 * record["model"]["prunable_weights"] / record["model"]["weights"]   # half of the prunable ones, as the run has removed
+    store.write_json(run.folder / "run.json", {**record, "config": {**record["config"], "sparsity": asked, "sparsity_of": "model"}})
+    page = opened(domain="legal")
+    assert not page.exception and page.sidebar.slider[0].value == 50 and "The very masks this run made" in words(page)
+    assert "The very masks this run made" not in words(opened(domain="legal", sparsity=round(100 * asked)))
 
 
 @pytest.mark.parametrize("part", ["column", "head"])

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from analysis import heads
 from app import sofar, state, uploads
-from dpruner import InputError, RunConfig, cli, estimate, hub, loading, store, worker
+from dpruner import InputError, RunConfig, cli, estimate, hub, loading, pipeline, store, worker
 from dpruner.calibration import load_texts
 from dpruner.model import count_weights, skipped_weights
 from dpruner.store import Run
@@ -706,11 +706,16 @@ def test_a_model_without_weights_counts_as_the_model_itself(starter):
     assert all(p.device.type == "meta" for p in blank.parameters())
 
 
-def test_disk_is_what_the_run_takes(small):
-    folders = (small.run.folder / "masks", small.run.folder / "ranks", small.cache)
-    taken = sum(p.stat().st_size for folder in folders for p in folder.rglob("*.safetensors"))
-    heads = len(list(small.run.folder.rglob("*.safetensors"))) * 5000   # names and shapes, which count in a model this tiny only
-    assert taken - heads < estimate.disk(small.config, loading.blank_model(small.config.model)) < taken
+@pytest.mark.parametrize("settings", [
+    {"methods": ("dpruner", "magnitude", "random")}, {"methods": ("sparsegpt", "magnitude")}, {"methods": ("dpruner", "magnitude"), "compensate": "walk"},
+    {"methods": ("dpruner", "magnitude"), "compensate": "walk", "fisher": "domain", "sides": False},
+    {"methods": ("sparsegpt", "wanda"), "compensate": "after", "dtype": "bfloat16"}])
+def test_disk_is_what_the_run_takes(settings, small, tmp_path, one_thread):
+    config = dataclasses.replace(small.config, evaluate=False, **settings)
+    run = pipeline.run(config, runs=tmp_path / "runs", cache=tmp_path / "cache")
+    files = [p for p in tmp_path.rglob("*.safetensors") if p.parent.name != "edges"]
+    taken, heads = sum(p.stat().st_size for p in files), len(files) * 5000   # names and shapes, which count in a model this tiny only
+    assert run.status["state"] == "done" and taken - heads < estimate.disk(config, loading.blank_model(config.model)) < taken
 
 
 def test_more_work_takes_longer_and_more_memory():

@@ -5,10 +5,11 @@ import re
 import shutil
 
 import pytest
+from rich.console import Console
 from safetensors.torch import load_file
 from test_model import BROKEN, broken, is_one_sentence
 
-from dpruner import RunConfig, cli, estimate, experiments, pipeline, store
+from dpruner import RunConfig, cli, estimate, experiments, pipeline, store, tables
 from dpruner.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("one_thread", "elsewhere")
@@ -418,3 +419,14 @@ def test_one_damaged_run_does_not_hide_the_others(small, elsewhere, capfd):
     assert cli.main(["runs"]) == 0
     lines = dict(line.split(": ", 1) for line in capfd.readouterr().out.splitlines())
     assert lines["good"] == "done" and lines["bad"].startswith("damaged. The file")
+
+
+def test_a_figure_stands_under_the_text_it_is_of(small, capsys):
+    """Held-out text of single tokens gives no figure: the open domain's must not slip into its place."""
+    told = json.loads(json.dumps(small.summary))
+    del told["dense"]["legal"]["legal"]
+    for row in told["rows"]:
+        row["perplexity"].pop("legal", None)
+    tables.show_run(told, Console(highlight=False, width=100))
+    printed = re.search(r"legal +dense +(\S+) +(\S+)", capsys.readouterr().out)
+    assert printed[1] == "–" and printed[2] == f"{told['dense']['legal']['general']['value']:.1f}"

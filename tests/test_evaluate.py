@@ -12,6 +12,7 @@ from families import POSITIONS, tiny, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
+import dpruner
 from dpruner.errors import InputError
 from dpruner.evaluate import Estimate, bootstrap_ratio, perplexity, windows
 
@@ -105,6 +106,13 @@ def test_windows_cover_every_token_but_the_first_exactly_once(length, seqlen, da
 def test_what_cannot_be_evaluated_is_refused(texts, seqlen, stride, word):
     with pytest.raises(InputError, match=word):
         perplexity(tiny("llama"), tiny_tokenizer(), texts, seqlen, stride)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_that_no_generator_takes_is_refused(seed):
+    for drawing in (lambda: perplexity(tiny("llama"), tiny_tokenizer(), TEXTS, 16, seed=seed), lambda: dpruner.evaluate("no run", seed=seed)):
+        with pytest.raises(InputError, match=f"The seed {seed} cannot be used"):
+            drawing()
 
 
 def test_a_model_without_a_limit_takes_longer_windows_than_the_usual_ones():

@@ -177,16 +177,32 @@ def test_every_design_asks_for_runs_that_can_be(name, config, tmp_path):
     experiment = prepared(name, config, root=tmp_path)
     points = experiment.points()
     assert points and len({p.slug for p in points}) == len(points)
-    assert name in cli.EXPERIMENTS and len(cli.EXPERIMENTS) == len(DESIGNS)
     assert [e.id for e in find_experiments(tmp_path)] == [experiment.id]
 
 
 @pytest.mark.parametrize("name, values, says", [("colours", None, "'colours'"), ("sparsity", ["many"], "many"), ("sparsity", [1.5], "1.5"),
-                                                ("granularities", ["2:0"], "2:0"), ("formulas", ["best"], "'best'")])
+                                                ("granularities", ["2:0"], "2:0"), ("formulas", ["best"], "'best'"), ("finetune", ["magic"], "'magic'"),
+                                                ("calibration", ["16.5"], "whole number"), ("seeds", ["inf"], "whole number"), ("sparsity", ["nan"], "is a number")])
 def test_what_cannot_be_asked_is_refused_before_anything_is_written(name, values, says, config, tmp_path):
     with pytest.raises(InputError, match=says):
         prepared(name, config, values=values, root=tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_that_leaves_no_item_is_refused_before_anything_is_written(limit, config, tmp_path):
+    with pytest.raises(InputError, match=f"limit {limit}"):
+        prepared("sparsity", config, limit=limit, root=tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_values_are_read_as_numbers_and_each_is_asked_once(config):
+    def values(name, *given):
+        return experiments.asked(name, config, values=given)["values"]
+
+    assert values("sparsity", "0.5", ".5", "5e-1", "1") == [0.5, 1.0]
+    assert values("lambda", "1e-3", "1.0", "1", "0") == [0.001, 1, 0] and str(values("lambda", "1.0")) == "[1]"
+    assert values("calibration", "16", "4.0") == [16, 4]
 
 
 # ---- time
@@ -493,7 +509,7 @@ def test_the_goal_is_told_with_its_ceiling_and_where_it_is_missed():
 
 def test_the_command_told_is_the_one_that_finds_the_experiment_again(config, tmp_path):
     for limit, words in ((experiments.LIMIT, []), (7, ["--limit", "7"])):
-        experiment = prepared("seeds", dataclasses.replace(config, sparsity=0.6), values=[0, 1], tasks=["legal-perplexity"], limit=limit, root=tmp_path)
+        experiment = prepared("seeds", dataclasses.replace(config, sparsity=0.6, finetune=True), values=[0, 1], tasks=["legal-perplexity"], limit=limit, root=tmp_path)
         told = findings.command(experiment).split()[3:]
         assert told[-len(words):] == words if words else "--limit" not in told
         args = cli.parser().parse_args(told)

@@ -8,12 +8,14 @@ import torch
 from conftest import save
 from families import tiny
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from dpruner import RunConfig, pipeline
+from dpruner.baselines import magnitude
 from dpruner.errors import InputError
-from dpruner.export import MASK_FILE, export, verify
+from dpruner.export import MASK_FILE, calibrated_on, export, verify
 from dpruner.loading import load_model
+from dpruner.masks import make_masks, pruned
 from dpruner.model import prunable_linears
 from dpruner.store import Run, read_masks, write_masks
 
@@ -64,7 +66,16 @@ def test_an_export_brings_its_mask_and_a_card_that_says_what_was_done(small, tmp
         row = found.loc[method]
         assert f"| {method} | general | {row.value:.2f} | {row.low:.2f} to {row.high:.2f} | {row.n} |" in card
     assert json.loads(card.split("```json\n")[1].split("```")[0]) == small.run.config
-    assert "4 sequences of 16 tokens from healthcare" in card and "| magnitude |" not in card
+    assert "No text was looked at; seed 0." in card and "| magnitude |" not in card
+
+
+@pytest.mark.parametrize(("method", "settings", "said"), [
+    ("dpruner", {}, "from mine.txt and as many of the open domain (general), seed 0."), ("domain", {}, "from mine.txt, seed 0."),
+    ("general", {}, "from the open domain (general), seed 0."), ("wanda", {}, "from the open domain (general), seed 0."),
+    ("sparsegpt", {"baseline_calibration": "domain"}, "from mine.txt, seed 0."), ("magnitude", {}, "No text was looked at; seed 0."),
+    ("magnitude", {"compensate": "after"}, "from mine.txt and as many of the open domain (general), seed 0.")])
+def test_a_card_names_the_text_that_its_method_has_seen(method, settings, said):
+    assert calibrated_on(RunConfig(domains=("contracts=texts/mine.txt",), **settings), method, "contracts").endswith(said)
 
 
 @pytest.mark.parametrize("family, stored, loaded", [("gpt2", torch.bfloat16, None), ("llama", torch.float16, "bfloat16"),
@@ -152,6 +163,19 @@ def test_a_weight_that_should_be_zero_and_is_not_stops_the_export(small, tmp_pat
 def test_a_weight_that_is_missing_from_the_file_stops_the_export(small, tmp_path, monkeypatch):
     tampering(monkeypatch, lambda weights, name: weights.pop(name))
     refused("incomplete", small.run, to=tmp_path / "out")
+
+
+def test_weights_that_a_family_stores_under_other_names_are_verified_as_they_are_loaded(tmp_path):
+    sizes = {"hidden_size": 36, "intermediate_size": 44, "num_hidden_layers": 1, "num_attention_heads": 6, "num_key_value_heads": 2, "vocab_size": 97}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("phimoe", **sizes, num_local_experts=4, num_experts_per_tok=2))
+    masks = make_masks(magnitude(model), 0.5)
+    with pruned(model, masks):
+        model.save_pretrained(tmp_path)
+    assert not set(masks) <= set(load_file(tmp_path / "model.safetensors"))
+    assert verify(tmp_path, masks) == sum(int((~m).sum()) for m in masks.values())
+    name = next(n for n in masks if n not in load_file(tmp_path / "model.safetensors"))
+    with pytest.raises(InputError, match=f"{name} has weights that should be zero"):
+        verify(tmp_path, {**masks, name: torch.zeros_like(masks[name])})
 
 
 def test_verification_reads_every_shard(small, tmp_path):

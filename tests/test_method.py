@@ -323,3 +323,47 @@ def test_a_loss_that_is_no_number_is_refused(llama):
     with pytest.raises(InputError, match="loss of calibration batch 1"):
         fisher_diagonal(llama.model, DOMAIN)
     assert all(p.grad is None for p in llama.model.parameters())
+
+
+@pytest.mark.parametrize("pruned_by", [general_importance, lambda model, batches: baselines.sparsegpt(model, [batches], 0.5), baselines.wanda])
+def test_text_on_which_the_model_overflows_is_refused(llama, pruned_by):
+    llama.blocks[0].mlp.up_proj.weight.data.mul_(3e4)
+    with pytest.raises(InputError, match="What flows into .* is not finite"):
+        pruned_by(llama.model.half(), GENERAL)
+
+
+@pytest.mark.parametrize(("length", "said"), [(1, "no next token"), (0, "no next token")])
+def test_sequences_without_a_next_token_are_refused(llama, length, said):
+    with pytest.raises(InputError, match=said):
+        fisher_diagonal(llama.model, [*DOMAIN, torch.zeros(1, length, dtype=torch.long)])
+
+
+def test_a_walk_refuses_sequences_of_nothing(llama):
+    with pytest.raises(InputError, match="Sequences of 0 tokens"):
+        general_importance(llama.model, [torch.zeros(1, 0, dtype=torch.long)])
+
+
+def test_a_weight_that_two_blocks_share_belongs_to_the_first(llama):
+    first, second = (block.mlp.up_proj for block in llama.blocks[:2])
+    second.weight = first.weight
+    G = general_importance(llama.model, GENERAL)
+    S = domain_importance(llama.model, DOMAIN, G)
+    kept = baselines.sparsegpt(llama.model, [GENERAL], 0.5).masks
+    names = set(llama.linears) - {"model.layers.1.mlp.up_proj.weight"}
+    assert set(G) == set(S.dual) == set(kept) == set(prunable_linears(llama.model)) == names
+
+
+def test_of_a_linear_that_no_text_reaches_all_inputs_count_alike():
+    """Some models take the weight of a linear without calling it (Mamba), and of experts some may get no token."""
+    parts = Parts("llama")
+    name, spare = "model.layers.1.mlp.spare.weight", torch.nn.Linear(36, 20, dtype=torch.float64)
+    parts.blocks[1].mlp.spare = spare
+    for mode in ("sequential", "static"):
+        G = general_importance(parts.model, GENERAL, sparsity=0, mode=mode)[name]
+        torch.testing.assert_close(G / G.mean(), spare.weight.square() / spare.weight.square().mean())
+    weights = baselines.wanda(parts.model, GENERAL)[name]
+    torch.testing.assert_close(weights / weights.mean(), spare.weight.abs() / spare.weight.abs().mean())
+    found = baselines.sparsegpt(parts.model, [GENERAL, DOMAIN], 0.5)
+    assert torch.equal(found.weights[name], spare.weight * found.masks[name])
+    assert spare.weight[found.masks[name]].abs().min() > spare.weight[~found.masks[name]].abs().max()
+    assert all(0.4 < mask.float().mean() < 0.6 for mask in found.masks.values())

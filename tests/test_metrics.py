@@ -1,11 +1,12 @@
 """Figures against counts by hand, intervals that cover what they say, differences on the same items."""
 
+from importlib import import_module
+
 import numpy as np
 import pandas as pd
 import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
-from dpruner import metrics
 from dpruner.errors import InputError
 from dpruner.evaluate import bootstrap_ratio
 from dpruner.metrics import ACCURACY, BETTER, MACRO_F1, NOISE, PERPLEXITY, ROUGE, WORSE, chance, difference, draws, figure, verdict
@@ -48,10 +49,11 @@ def test_every_draw_has_the_figure_that_scikit_learn_gives_it():
 
 
 def test_draws_are_the_same_in_parts(monkeypatch):
-    whole = np.concatenate(list(draws(30, 1)))
-    monkeypatch.setattr(metrics, "CELLS", 900)
+    sums, counts = np.random.default_rng(0).random((2, 30))
+    whole, interval = np.concatenate(list(draws(30, 1))), bootstrap_ratio(sums, counts, 1)
+    monkeypatch.setattr(import_module("dpruner.evaluate"), "CELLS", 900)   # whose name in the package is the function's
     parts = list(draws(30, 1))
-    assert len(parts) > 50 and (np.concatenate(parts) == whole).all()
+    assert len(parts) > 50 and (np.concatenate(parts) == whole).all() and bootstrap_ratio(sums, counts, 1) == interval
 
 
 def test_the_interval_of_perplexity_is_that_of_a_run():
@@ -141,6 +143,11 @@ def test_the_verdict_knows_which_way_is_better():
     right, wrong = answered([0] * 30 + [1] * 30, [0] * 30 + [1] * 30), answered([0] * 30 + [1] * 30, [1] * 30 + [1] * 30)
     assert difference(ACCURACY, right, wrong) == 0.5
     assert verdict(ACCURACY, difference(ACCURACY, right, wrong)) == BETTER and verdict(ACCURACY, difference(ACCURACY, wrong, right)) == WORSE
+
+
+def test_a_single_item_is_no_evidence():
+    for metric, one, other in ((ACCURACY, answered([0], [0]), answered([0], [1])), (PERPLEXITY, windows([3.0], [2]), windows([3.1], [2]))):
+        assert verdict(metric, difference(metric, one, other)) == NOISE
 
 
 def test_answers_to_other_items_are_not_compared():

@@ -31,8 +31,10 @@ from dpruner.errors import InputError
 from dpruner.loading import load_model
 from dpruner.masks import rank_bins
 from dpruner.model import count_weights, fingerprint, heads_of, prunable_linears, stored_transposed
+from dpruner.rows import exact, rows
 from dpruner.stats import matrix_stats
 from dpruner.status import Status
+from dpruner.texts import Texts
 
 REPOSITORY = Path(dpruner.__file__).parents[1]
 QUICK = {"domains": ("legal",), "nsamples": 4, "seqlen": 16, "evaluate": False, "halves": False, "general_mode": "static"}
@@ -382,6 +384,16 @@ def test_each_similarity_stands_beside_its_own_floor(llama, tmp_path):
     assert abs(told["dpruner"]["floor"] - told["magnitude"]["floor"]) > 1e-4
 
 
+@pytest.mark.parametrize(("asked", "told"), [(None, 3), (["legal"], 2), (["legal", "finance"], 1), (["legal", "legal"], 2), (["legal", "code", "finance"], 3)])
+def test_one_domain_is_compared_with_all_others_and_several_with_each_other(asked, told, tmp_path):
+    run = store.Run(tmp_path)
+    pairs = [("legal", "finance"), ("legal", "code"), ("finance", "code")]
+    store.write_table(tmp_path / "metrics.parquet", rows(*(exact("magnitude", a, b, metric, 0.5, 10) for a, b in pairs for metric in ("jaccard", "jaccard floor")),
+                                                    *(exact("magnitude", d, "", "sparsity", 0.5, 10) for d in ("legal", "finance", "code"))))
+    found = report.similarity(run, domains=asked)
+    assert len(found) == told and all(len(set(asked or ()) & set(row["domains"])) >= min(2, len(set(asked or ()))) for row in found)
+
+
 def test_a_run_without_evaluation_and_with_one_domain_has_a_summary_too(llama, tmp_path):
     run = quick(llama, tmp_path)
     told = report.summary(run)
@@ -396,6 +408,14 @@ def test_the_open_domain_can_be_a_domain_too(llama, tmp_path):
 
 
 # ---- once, and again ----
+
+
+def test_an_open_domain_that_is_a_domain_too_is_read_from_the_same_column(tmp_path):
+    rows = [f"{i},The court held that party number {i} was right in this matter and in all others." for i in range(40)]
+    (tmp_path / "law.csv").write_text("\n".join(["title,body", *(f"t{row}" for row in rows)]))
+    law = f"law={tmp_path / 'law.csv'}"
+    texts = Texts(RunConfig(general=law, domains=(law,), column="body", nsamples=2, seqlen=16), tiny_tokenizer())
+    assert all(torch.equal(a, b) for a, b in zip(texts.general, texts.domains["law"], strict=True)) and texts.heldout["law"][0].startswith("The court")
 
 
 def test_general_importance_is_computed_once_and_shared(small, tmp_path, monkeypatch):
@@ -608,6 +628,14 @@ def test_a_sparsity_of_the_whole_model_beyond_the_prunable_weights_is_refused(ll
     with pytest.raises(InputError, match="0.95 of the whole model.*89%"):
         quick(llama, tmp_path, sparsity=0.95, sparsity_of="model")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("prunable", "told"), [(899, "0.89"), (900, "0.90"), (999, "0.99")])
+def test_the_sparsity_of_the_whole_model_that_is_advised_can_be_reached(prunable, told, monkeypatch):
+    monkeypatch.setattr(pipeline, "count_weights", lambda model: (prunable, 1000))
+    with pytest.raises(InputError, match=f"ask for at most {told}"):
+        pipeline.prunable_sparsity(RunConfig(sparsity=1.0, sparsity_of="model"), None)
+    assert pipeline.prunable_sparsity(RunConfig(sparsity=float(told), sparsity_of="model"), None) <= 1
 
 
 # ---- progress ----

@@ -186,6 +186,12 @@ def test_real_tasks(name, kind, items):
     assert all("<HOLDING>" not in i.prompt and i.prompt.strip() for i in task.items)
 
 
+def test_holdings_are_counted_as_numbers():
+    row = {"citing_prompt": "The court (<HOLDING>)", **{f"holding_{i}": f"holding that {i}" for i in range(12)}, "label": 10}
+    task, = from_rows("cases", [row])
+    assert task.items[0].candidates[task.items[0].answer] == "holding that 10"
+
+
 # ---- what is no task
 
 
@@ -195,6 +201,7 @@ BAD = {   # rows, and words of the refusal
     "columns of nothing": ([{"body": "x", "tag": "y"}], "its columns (body, tag) are those of no format"),
     "an answer that is no choice": ([GOOD, {**GOOD, "answer": "c"}], "its row 2 says 'c' in answer, which is none of a, b"),
     "an answer out of range": ([{**GOOD, "answer": 2}], "row 1 says '2'"),
+    "an answer of no plain digit": ([{**GOOD, "answer": "²"}], "row 1 says '²'"),
     "a negative answer": ([{**GOOD, "answer": -1}], "row 1 says '-1'"),
     "no answer": ([GOOD, {**GOOD, "answer": None}], "row 2 says 'None' in answer"),
     "one choice": ([{**GOOD, "choices": ["a"]}], "row 1 has no list of two or more different texts in choices"),
@@ -230,6 +237,8 @@ def test_names_that_are_no_task_are_refused(tmp_path):
     refused(lambda: load_task("leagl"), "'leagl' is not known", "take 'legal'")
     refused(lambda: load_task("exams/mine.jsonl"), "'exams/mine.jsonl' was not found")
     refused(lambda: load_task("mine=exams/mine.jsonl"), "was not found")
-    refused(lambda: load_task("legal", limit=0), "limit 0")
+    for limit in (0, -1):
+        refused(lambda: load_task("legal", limit=limit), f"limit {limit}")
+        refused(lambda: drawn(text_task("mine", ["One.", "Two."]), limit, 0), f"limit {limit}")
     (tmp_path / "exam.pdf").write_bytes(b"%PDF")
     refused(lambda: load_task(tmp_path / "exam.pdf"), "extension is not supported")

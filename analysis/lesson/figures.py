@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from analysis.chart import (AMOUNTS, AROUND, BLUE, CELL_TEXT, FAINT, GREY, INK, ORANGE, VERMILLION, Chart, click_targets, colour_bar, columns,
+from analysis.chart import (AMOUNTS, AROUND, BLUE, CELL_TEXT, FAINT, GREY, INK, ORANGE, VERMILLION, Chart, click_targets, columns,
                             level_line, listed, log_axis, look, new_figure, number, percent)
 from analysis.lesson.numbers import Compensation
 from dpruner.formulas import DEFAULT_LAM

@@ -81,7 +81,7 @@ def choose(selected: state.Selection) -> Look:
     mine = named(selected.run, selected.method, selected.domain, selected.run)
     if file_kind((mine,), selected.sparsity) is None:
         raise InputError(f"The mask of {mine.name} cannot be shown at {percent(selected.sparsity, 0)}", "the run keeps no ranks of it",
-                         f"move the slider to the run's own sparsity, {percent(selected.run.config['sparsity'], 0)}")
+                         f"move the slider to the run's own sparsity, {percent(data.own_sparsity(selected.run), 0)}")
     choices = others(mine, selected.sparsity)
     options = [*choices, ALONE]
     if st.session_state.get("explore-other", options[0]) not in options:

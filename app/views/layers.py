@@ -121,7 +121,7 @@ with widgets.guarded():
     if not own and data.mask_stamp(run, method, domain, False) is None:
         raise InputError(f"{method} can be shown at its own sparsity only",
                          "its scores exist only while it prunes, so the run keeps no ranks",
-                         f"set the sparsity to {percent(run.config['sparsity'], 0)}, or choose another method")
+                         f"set the sparsity to {percent(data.own_sparsity(run), 0)}, or choose another method")
     spreads()
 with widgets.guarded():
     if data.mask_stamp(run, method, domain, False) is None:

@@ -155,7 +155,7 @@ def lambdas() -> None:
     if len(stored):
         changed, of = stored.value.iloc[0], stored.n.iloc[0]
         st.markdown(f"λ is the weight of the general side in the dual score. At the run's own sparsity of "
-                    f"{percent(config['sparsity'], 0)}, λ = {lam:g} changed **{int(changed):,}** of {int(of):,} decisions "
+                    f"{percent(data.own_sparsity(run), 0)}, λ = {lam:g} changed **{int(changed):,}** of {int(of):,} decisions "
                     f"(**{percent(changed / of)}**) against the domain importance alone: half of them weights it saved, half weights that "
                     f"had to go for these.")
     if data.mask_stamp(run, "dpruner", domain, False) is None:

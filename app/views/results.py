@@ -27,7 +27,7 @@ if selected is None:
 run, method, domain = selected.run, selected.method, selected.domain
 mine = f"{method} for {domain}"
 if not data.own_masks(run, selected.sparsity):
-    st.caption(f"What was measured belongs to the run's own masks, at {percent(run.config['sparsity'], 0)} sparsity; "
+    st.caption(f"What was measured belongs to the run's own masks, at {percent(data.own_sparsity(run), 0)} sparsity; "
                "the slider at the left changes nothing here.")
 
 
@@ -176,7 +176,7 @@ def about() -> tuple:
 def measure(place) -> dict:
     """Compression and speed, dense and pruned in turn, so that whatever else the machine does meets both alike."""
     found = {"shares": [], "dense": [], "pruned": []}
-    own = run.config["sparsity"]
+    own = data.own_sparsity(run)
     precision = stored_precision(run.config["model"], run.record["model"]["commit"] or run.config["revision"])
     with resident.taken(run, resident.waits(place)) as model:
         variants = [("dense", resident.DENSE), ("pruned", method)]
