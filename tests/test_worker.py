@@ -1,6 +1,7 @@
 """Runs as processes of their own: the queue, cancelling, what is said of one that died. Few processes: each has torch to import."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -217,10 +218,10 @@ def test_a_killed_run_has_failed_and_says_so_from_then_on(llama, runs, tmp_path)
 
 
 def test_a_process_id_that_was_given_out_again_is_no_sign_of_life(tmp_path):
-    born = psutil.Process().create_time()
-    alive = written(tmp_path / "alive", state="running", pid=os.getpid(), pid_born=born)
+    me = turns.identity()
+    alive = written(tmp_path / "alive", state="running", **me)
     assert worker.state(alive)["state"] == "running"
-    other = written(tmp_path / "other", state="running", pid=os.getpid(), pid_born=born - 1000)
+    other = written(tmp_path / "other", state="running", **me | {"pid_born": me["pid_born"] - 1000})
     assert sentence(worker.state(other)).startswith("The run stopped in the middle: its process ended without a word")
     assert worker.state(alive)["state"] == "running"
 
@@ -300,7 +301,7 @@ def test_a_deleted_or_damaged_run_folder_is_one_sentence(tmp_path):
     (run.folder / "status.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read"):
         worker.state(run)
-    (run.folder / "status.json").unlink()
+    shutil.rmtree(run.folder)
     with pytest.raises(InputError, match="was not found"):
         worker.state(run)
 

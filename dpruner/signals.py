@@ -1,0 +1,43 @@
+"""Signals that ask a process to end: a terminal that closes, a batch system's time limit, `cancel`. They are taken as ctrl-C is."""
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+
+ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+def asked_by() -> str:
+    """The signal that asks this process to end a run: what a shell puts into the background, and all that it starts, does not hear ctrl-C.
+
+    That stays so, lest a ctrl-C that is meant for something else end it.
+    """
+    return "SIGTERM" if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else "SIGINT"
+
+
+@contextlib.contextmanager
+def heard(answer: Callable[[], bool] = lambda: True, numbers: tuple[int, ...] = ENDING) -> Iterator[None]:
+    """While open, signals that would end the process at once raise KeyboardInterrupt, so that it tidies up; those that are ignored, as by nohup, stay so.
+
+    Only the first counts: batch systems tell a process, and what has started it, which tells it once more.
+
+    Args:
+        answer: called first: whether the process is to end; it may raise something else.
+        numbers: of the signals.
+    """
+    def end(*_):
+        if answer():
+            for number in before:
+                signal.signal(number, signal.SIG_IGN)
+            raise KeyboardInterrupt
+
+    before = {}
+    with contextlib.suppress(ValueError):   # only a process's main thread may
+        for number in numbers:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
