@@ -671,8 +671,8 @@ def test_status_is_written_at_the_beginning_now_and_then_and_at_the_end(tmp_path
     written = []
     monkeypatch.setattr("dpruner.status.write_json", lambda path, data: written.append(data))
     clock = iter(np.arange(0, 100, 0.1).tolist())
-    monkeypatch.setattr("dpruner.status.time.time", lambda: next(clock))
-    with Status(tmp_path) as status:
+    monkeypatch.setattr("dpruner.status.time.monotonic", lambda: next(clock))
+    with Status(tmp_path, fresh=True) as status:
         status.plan = [("walk", 1.0, "a")]
         for done in range(20):
             status.step("walk", done, 20)
