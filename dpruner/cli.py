@@ -212,19 +212,19 @@ def _finished(config: RunConfig, args: argparse.Namespace, begun: Callable[[], R
         with _stopped(lambda: _way_on(turns.identity(), **where)), watching() as watch:
             return pipeline.run(now, cache=args.cache, watch=watch, **where)
 
-    try:
-        return _together(config, work)
-    except distributed.Lost as lost:
-        raise InputError(*_last_words(lost.first, **where)) from None
+    return _together(config, work, **where)
 
 
-def _together(config: RunConfig, work: Callable):
+def _together(config: RunConfig, work: Callable, **where):
     """What `work()` gives, in the first of the processes that torchrun has started; None in those that help it."""
     from dpruner import distributed, loading
     with loading.quiet_libraries(), distributed.team() as first:
         if first:
             return work()
-        return distributed.follow(lambda: loading.load_model(config.model, revision=config.revision, device=config.device, dtype=config.dtype)[0])
+        try:
+            distributed.follow(lambda: loading.load_model(config.model, revision=config.revision, device=config.device, dtype=config.dtype)[0])
+        except distributed.Lost as lost:
+            print(_last_words(lost.first, **where), file=sys.stderr)
 
 
 def _run_of(who: dict, runs: str | Path | None = None, folder: Path | None = None):
@@ -244,11 +244,10 @@ def _way_on(who: dict, **where) -> str:
     return f"what it has finished is kept; `python -m dpruner resume {shlex.quote(str(run.folder))}` goes on from there" if run else ""
 
 
-def _last_words(who: dict, **where) -> tuple[str, str, str]:
-    """What is said of a run whose process has died: what, why, what to do."""
-    run = _run_of(who, **where)
-    error = _status(run).get("error") if run else None
-    return tuple(error.values()) if error else ("The run died before it began", "its first process has ended, killed or out of memory", "start it again")
+def _last_words(who: dict, **where) -> str:
+    """What is said of a run whose process has died."""
+    run = _run_of(who, **where) if where else None
+    return _told(_status(run)) if run else "The run died before it began: its first process has ended, killed or out of memory; start it again."
 
 
 @contextlib.contextmanager

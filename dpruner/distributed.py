@@ -8,6 +8,7 @@ import contextlib
 import copy
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 
@@ -25,6 +26,8 @@ from dpruner.hessian import Hessian
 from dpruner.masks import precision
 from dpruner.model import decoder_blocks, fingerprint
 
+ALL = (signal.SIGINT, *signals.ENDING)   # signals that ask a process to end
+GRACE = 10.0   # seconds that the first process gets to say why it ends
 SAID = "the first process has said what is to be said"
 PATIENCE = timedelta(days=30)   # the others wait while the first one evaluates, writes or has no turn yet
 
@@ -67,7 +70,6 @@ def team() -> Iterator[bool]:
 
     Raises:
         InputError: in the first process, when another one has ended.
-        Lost: in the others.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield True
@@ -77,9 +79,8 @@ def team() -> Iterator[bool]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
     _members[:] = gathered(turns.identity())
-    numbers = signals.ENDING if first() else (signal.SIGINT, *signals.ENDING)
     try:
-        with signals.heard(_with_others if first() else _with_first, numbers):
+        with signals.heard(_with_others) if first() else signals.heard(_with_first, ALL):
             yield first()
     finally:
         with contextlib.suppress(RuntimeError):   # they are gone already
@@ -99,18 +100,24 @@ def _gone(who: dict) -> bool:
     return not turns.elsewhere(who) and not turns.lives(who)
 
 
-def _with_others() -> bool:
-    """The first process ends when it is asked to; torchrun also asks all when one has died."""
-    if any(map(_gone, _members)):
-        raise _left_alone()
-    return True
-
-
-def _with_first() -> bool:
-    """Another process leaves it to the first to end."""
-    if _gone(_members[0]):
-        raise Lost
+def _first_has_said() -> bool:
+    """Whether the first process said why it ends. It may be about to; and what has just been killed takes a moment to be gone."""
+    deadline = time.monotonic() + GRACE
+    with contextlib.suppress(RuntimeError):
+        while not (said := _store().check([SAID])) and not _gone(_members[0]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return said
     return False
+
+
+def _with_others() -> BaseException:
+    """The first process ends when it is asked to; torchrun also asks all when one has died."""
+    return _left_alone() if any(map(_gone, _members)) else KeyboardInterrupt()
+
+
+def _with_first() -> BaseException | None:
+    """Another process leaves it to the first to end."""
+    return Lost() if _gone(_members[0]) else None
 
 
 def _left_alone() -> InputError:
@@ -120,7 +127,7 @@ def _left_alone() -> InputError:
 
 def _is_lost(error: RuntimeError) -> bool:
     """Whether an error is that of a connection to another process."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    return isinstance(error, (Lost, dist.DistError)) or "gloo" in str(error)
 
 
 @contextlib.contextmanager
@@ -168,10 +175,8 @@ def follow(load: Callable[[], nn.Module]) -> None:
     except RuntimeError as error:
         if not _is_lost(error):
             raise
-        with contextlib.suppress(RuntimeError):
-            if _store().check([SAID]):
-                return
-        if dist.get_rank() == 1:   # one of them is enough
+        signals.ignore(ALL)   # torchrun is about to ask
+        if dist.get_rank() == 1 and not _first_has_said():   # one of them is enough
             raise Lost from None
 
 

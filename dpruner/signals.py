@@ -2,7 +2,7 @@
 
 import contextlib
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
@@ -15,21 +15,26 @@ def asked_by() -> str:
     return "SIGTERM" if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else "SIGINT"
 
 
+def ignore(numbers: Iterable[int]) -> None:
+    """From now on these signals mean nothing."""
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
-def heard(answer: Callable[[], bool] = lambda: True, numbers: tuple[int, ...] = ENDING) -> Iterator[None]:
+def heard(answer: Callable[[], BaseException | None] = KeyboardInterrupt, numbers: Iterable[int] = ENDING) -> Iterator[None]:
     """While open, signals that would end the process at once raise KeyboardInterrupt, so that it tidies up; those that are ignored, as by nohup, stay so.
 
     Only the first counts: batch systems tell a process, and what has started it, which tells it once more.
 
     Args:
-        answer: called first: whether the process is to end; it may raise something else.
+        answer: gives what is raised; None lets the process go on.
         numbers: of the signals.
     """
     def end(*_):
-        if answer():
-            for number in before:
-                signal.signal(number, signal.SIG_IGN)
-            raise KeyboardInterrupt
+        if problem := answer():
+            ignore(before)
+            raise problem
 
     before = {}
     with contextlib.suppress(ValueError):   # only a process's main thread may
