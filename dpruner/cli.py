@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         print(error, file=sys.stderr)
     except KeyboardInterrupt as stopped:   # by ctrl-C or what is taken as such, or in the browser
-        print(f"Stopped: {str(stopped) or 'nothing half-written is left; start it again when you like'}.", file=sys.stderr)
+        print(stopped.__cause__ or f"Stopped: {str(stopped) or 'nothing half-written is left; start it again when you like'}.", file=sys.stderr)
     except BrokenPipeError:
         sys.stderr.close()   # the reader of a pipe went away: nobody is left to tell
     except Exception as error:
@@ -255,8 +255,8 @@ def _stopped(told: Callable[[], str]):
     """While open, what is stopped says how it goes on."""
     try:
         yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(told()) from None
+    except KeyboardInterrupt as stopped:
+        raise KeyboardInterrupt(told()) from stopped.__cause__
 
 
 def _show(run, args: argparse.Namespace) -> None:

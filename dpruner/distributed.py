@@ -35,8 +35,8 @@ _busy = False   # whether the others are at work with the first process, and wou
 _members: list[dict] = []   # who the processes are, in their order
 
 
-class Lost(RuntimeError):
-    """The first process has ended without a word.
+class Lost(KeyboardInterrupt):
+    """The first process has ended without a word. It may be met anywhere, and nothing that handles errors is to take it for one of its own.
 
     Attributes:
         first: its `turns.identity`.
@@ -69,7 +69,7 @@ def team() -> Iterator[bool]:
     The first alone is asked to end, by ctrl-C or what is taken as such; the others end with it.
 
     Raises:
-        InputError: in the first process, when another one has ended.
+        KeyboardInterrupt: in the first process, caused by an InputError when another one has ended.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield True
@@ -112,7 +112,9 @@ def _first_has_said() -> bool:
 
 def _with_others() -> BaseException:
     """The first process ends when it is asked to; torchrun also asks all when one has died."""
-    return _left_alone() if any(map(_gone, _members)) else KeyboardInterrupt()
+    stop = KeyboardInterrupt()
+    stop.__cause__ = _left_alone() if any(map(_gone, _members)) else None
+    return stop
 
 
 def _with_first() -> BaseException | None:
@@ -125,7 +127,7 @@ def _left_alone() -> InputError:
                       "resume it, with as many processes or another number: what it has finished is kept")
 
 
-def _is_lost(error: RuntimeError) -> bool:
+def _is_lost(error: BaseException) -> bool:
     """Whether an error is that of a connection to another process."""
     return isinstance(error, (Lost, dist.DistError)) or "gloo" in str(error)
 
@@ -172,7 +174,7 @@ def follow(load: Callable[[], nn.Module]) -> None:
             _require_same(model)
             with contextlib.suppress(InputError):   # the first process meets it too, and says it
                 work(model, **arguments)
-    except RuntimeError as error:
+    except (Lost, RuntimeError) as error:
         if not _is_lost(error):
             raise
         signals.ignore(ALL)   # torchrun is about to ask

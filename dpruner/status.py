@@ -55,6 +55,8 @@ def explained(error: BaseException, what: str, advice: Callable[[], str], folder
         advice: gives what to do where memory runs out.
         folder: what was written to, where that is known.
     """
+    if isinstance(error, KeyboardInterrupt) and isinstance(error.__cause__, InputError):
+        return error.__cause__
     if isinstance(error, InputError):
         return error
     if isinstance(error, OSError) and error.errno in FULL:
@@ -142,7 +144,7 @@ class Status:
             self._write("done")
             return
         problem = explained(error, "The run", self.advice, self.folder)
-        cancelled = isinstance(error, KeyboardInterrupt)
+        cancelled = isinstance(error, KeyboardInterrupt) and problem is None
         said = problem or InputError(f"The run stopped in the stage {self.stage!r}", f"{kind.__name__}: {error}".rstrip(".: "),
                                      "report it with its settings")
         with contextlib.suppress(OSError):   # the disk that failed the run may fail its status too; the error still reaches the caller

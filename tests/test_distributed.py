@@ -98,7 +98,6 @@ def test_a_process_that_is_killed_ends_the_others_and_the_run_goes_on_alone(kill
     wait_for(lambda: run.status["state"] == "running")
     os.kill(pids[killed], signal.SIGKILL)
     _, printed = torchrun.communicate(timeout=WAIT)
-    print(printed)
     assert all(map(gone, pids)) and worker.state(run)["state"] == "failed" and worker.state(run)["error"]["why"].startswith(said)
     assert printed.count(f"The run stopped in the middle: {said}") == 1 and "unexpectedly" not in printed and "Stopped" not in printed
     pipeline.run(worker.to_go_on(run), folder=run.folder, cache=tmp_path / "cache")
