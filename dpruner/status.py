@@ -9,11 +9,10 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from dpruner import signals, turns
+from dpruner import memory, signals, turns
 from dpruner.errors import InputError
 from dpruner.store import Run, write_json
 
-NO_MEMORY = "can't allocate memory"   # how torch says it of a CPU
 EVERY = 0.25   # seconds between two writes
 GOING = ("queued", "running")   # states of a run whose process lives
 PATIENCE = 10.0   # seconds a started process gets to be seen, and a cancelled one to end by itself
@@ -61,11 +60,11 @@ def explained(error: BaseException, what: str, advice: Callable[[], str], folder
         return error
     if isinstance(error, OSError) and error.errno in FULL:
         where = folder or error.filename
-        return InputError(f"{what} could not be written" + (f" to {where}" if where else ""), FULL[error.errno], "free some space and resume it" if folder
+        return InputError(f"{what} could not write" + (f" to {where}" if where else ""), FULL[error.errno], "free some space and resume it" if folder
                           else "free some space and start it again")
     if isinstance(error, OSError) and error.errno in REFUSED and error.filename:
         return InputError(f"{what} could not write {str(error.filename)!r}", str(error.strerror).lower(), "mend it, or name another folder")
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or NO_MEMORY in str(error):
+    if memory.ran_out(error):
         return InputError(f"{what} needs more memory than there is", str(error).splitlines()[0].rstrip(".") if str(error) else "out of memory", advice())
     return None
 

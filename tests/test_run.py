@@ -745,7 +745,7 @@ def full_disk(monkeypatch, where: str):
 @pytest.mark.parametrize("where", ["masks", "ranks", "general"])
 def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(where, llama, tmp_path, monkeypatch):
     full_disk(monkeypatch, where)
-    with pytest.raises(InputError, match="could not be written.*the disk is full") as caught:
+    with pytest.raises(InputError, match="could not write to .*the disk is full") as caught:
         quick(llama, tmp_path)
     assert failed(tmp_path / "runs")["error"]["what"] == caught.value.what
     assert not half_written(tmp_path) and not any(where in path.parts and path.is_file() for path in tmp_path.rglob("*"))
@@ -805,7 +805,7 @@ def test_a_file_that_may_grow_no_further_is_one_sentence_and_leaves_no_half_file
 
     process = start(command(llama, tmp_path, "--method", "magnitude"), tmp_path, limit)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 1 and out == "" and err.count("\n") == 1 and "could not be written" in err, err
+    assert process.returncode == 1 and out == "" and err.count("\n") == 1 and "The run could not write to" in err, err
     status = failed(tmp_path / "runs")
     assert status["error"]["what"] in err and not half_written(tmp_path)
     assert {Path(name).name for name in files_in(tmp_path)} == {"run.json", "status.json"}
