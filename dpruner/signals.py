@@ -39,7 +39,7 @@ def heard(answer: Callable[[], BaseException | None] = KeyboardInterrupt, number
     before = {}
     with contextlib.suppress(ValueError):   # only a process's main thread may
         for number in numbers:
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):   # None: of a library, which Python cannot put back
                 before[number] = signal.signal(number, end)
     try:
         yield
