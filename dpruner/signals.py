@@ -45,4 +45,5 @@ def heard(answer: Callable[[], BaseException | None] = KeyboardInterrupt, number
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is end:   # else the process is ending, and is not to be asked again
+                signal.signal(number, handler)

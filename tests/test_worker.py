@@ -190,15 +190,16 @@ def test_a_terminal_that_closes_or_a_time_limit_ends_a_run_as_ctrl_c_does(name, 
 
 
 def test_what_ignores_a_closing_terminal_goes_on(monkeypatch):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)   # as nohup does
+    before, usual = signal.signal(signal.SIGHUP, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)   # as nohup does
     try:
         with signals.heard():
             os.kill(os.getpid(), signal.SIGHUP)
         with pytest.raises(KeyboardInterrupt), signals.heard():
             os.kill(os.getpid(), signal.SIGTERM)
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and signal.getsignal(signal.SIGTERM) is signal.SIG_IGN   # heard once
     finally:
         signal.signal(signal.SIGHUP, before)
+        signal.signal(signal.SIGTERM, usual)
 
 
 def test_a_notebook_outlives_the_run_that_is_cancelled_in_it(llama, runs, tmp_path, busy):
