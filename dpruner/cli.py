@@ -1,4 +1,4 @@
-"""The command line: prune, resume, runs, evaluate, similarity, generate, export, experiment.
+"""The command line: prune, resume, cancel, runs, evaluate, similarity, generate, export, experiment.
 
 The exit code is 0, 1 (failed: one line says why and what to do) or 2 (bad arguments).
 """
@@ -15,13 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from dpruner import signals
+from dpruner.bars import counting, watching
 from dpruner.config import KINDS, REPEATED, RunConfig
 from dpruner.designs import DESIGNS
 from dpruner.errors import InputError, shortened
 
-UNITS = {"general importance": "block", "compensation": "block", "sparsegpt": "block", "wanda": "block", "evaluation": "batch of windows"}
 AGAIN = "what it has finished is kept; the same command goes on from there"
 
 
@@ -29,19 +29,21 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args = parser().parse_args(arguments)
     try:
-        args.command(args)
+        with signals.heard():
+            args.command(args)
         return 0
     except InputError as error:
         print(error, file=sys.stderr)
-    except KeyboardInterrupt as stopped:   # by ctrl-C, or in the browser
-        print(f"Stopped: {str(stopped) or 'nothing half-written is left; start it again when you like'}.", file=sys.stderr)
+    except KeyboardInterrupt as stopped:   # by ctrl-C or what is taken as such, or in the browser
+        print(stopped.__cause__ or f"Stopped: {str(stopped) or 'nothing half-written is left; start it again when you like'}.", file=sys.stderr)
     except BrokenPipeError:
         sys.stderr.close()   # the reader of a pipe went away: nobody is left to tell
     except Exception as error:
         if args.traceback:
             raise
-        print(f"It failed unexpectedly: {type(error).__name__}: {error}; run it again with --traceback and report what it prints.",
-              file=sys.stderr)
+        from dpruner.status import explained
+        print(explained(error, "The command", lambda: "free some memory and start it again; what it has finished is kept") or
+              f"It failed unexpectedly: {type(error).__name__}: {error}; run it again with --traceback and report what it prints.", file=sys.stderr)
     return 1
 
 
@@ -101,6 +103,10 @@ def parser() -> Parser:
     resume.add_argument("--cache", default="cache", metavar="FOLDER", help="folder of what runs share (default: cache)")
     resume.add_argument("--memory", metavar="VALUE", help="most to use on the device from now on; changes no result (default: as before)")
     resume.set_defaults(command=command_resume)
+
+    cancel = commands.add_parser("cancel", parents=[common], help="end a run or an experiment that waits or runs; it can go on later")
+    cancel.add_argument("run", help="id of a run, the start of it, a folder of a run or an experiment, or 'last'")
+    cancel.set_defaults(command=command_cancel)
 
     runs = commands.add_parser("runs", parents=[common], help="list the runs, or show one")
     runs.add_argument("run", nargs="?", help="id of a run, the start of it, a folder, or 'last'")
@@ -198,9 +204,13 @@ def _show_estimate(config: RunConfig, args: argparse.Namespace) -> None:
     print(json.dumps(told, ensure_ascii=False)) if args.json else tables.show_estimate(told, Console(highlight=False))
 
 
-def _finished(config: RunConfig, args: argparse.Namespace, **where: Path):
-    """The run, done from beginning to end; None in a process that only helps another one."""
-    from dpruner import distributed, estimate, pipeline
+def _finished(config: RunConfig, args: argparse.Namespace, begun: Callable[[], RunConfig] | None = None, **where: Path):
+    """The run, done from beginning to end; None in a process that only helps another one.
+
+    Args:
+        begun: called in the first process alone, for the settings that are to hold instead.
+    """
+    from dpruner import distributed, estimate, pipeline, turns
 
     def work():
         if config.finetune and distributed.several():
@@ -209,31 +219,47 @@ def _finished(config: RunConfig, args: argparse.Namespace, **where: Path):
         if not distributed.several():
             for caution in estimate.cautions_of(config, where.get("runs")):
                 print(caution, file=sys.stderr)
-        with _stopped(lambda: _way_on(**where)), _watching() as watch:
-            return pipeline.run(config, cache=args.cache, watch=watch, **where)
+        now = begun() if begun else config
+        with _stopped(lambda: _way_on(turns.identity(), **where)), watching() as watch:
+            return pipeline.run(now, cache=args.cache, watch=watch, **where)
 
-    return _together(config, work)
+    return _together(config, work, **where)
 
 
-def _together(config: RunConfig, work: Callable):
+def _together(config: RunConfig, work: Callable, **where):
     """What `work()` gives, in the first of the processes that torchrun has started; None in those that help it."""
     from dpruner import distributed, loading
     with loading.quiet_libraries(), distributed.team() as first:
         if first:
             return work()
-        return distributed.follow(lambda: loading.load_model(config.model, revision=config.revision, device=config.device,
-                                                             dtype=config.dtype)[0])
+        try:
+            distributed.follow(lambda: loading.load_model(config.model, revision=config.revision, device=config.device,
+                                                          dtype=config.dtype)[0])
+        except distributed.Lost as lost:
+            print(_last_words(lost.first, **where), file=sys.stderr)
 
 
-def _way_on(runs: str | Path | None = None, folder: Path | None = None) -> str:
-    """What becomes of a run of this process that was stopped; nothing where it has no folder yet.
+def _run_of(who: dict, runs: str | Path | None = None, folder: Path | None = None):
+    """The run of a process; None where it has no folder yet.
 
     Args:
+        who: as `turns.identity` gives it.
         runs, folder: as `pipeline.run` takes them.
     """
-    from dpruner import store, turns
-    mine = [folder] if folder else [run.folder for run in store.find_runs(runs) if turns.identity().items() <= _status(run).items()]
-    return f"what it has finished is kept; `python -m dpruner resume {shlex.quote(str(mine[0]))}` goes on from there" if mine else ""
+    from dpruner import store
+    return store.Run(folder) if folder else next((run for run in store.find_runs(runs) if who.items() <= _status(run).items()), None)
+
+
+def _way_on(who: dict, **where) -> str:
+    """What becomes of a run that was stopped."""
+    run = _run_of(who, **where)
+    return f"what it has finished is kept; `python -m dpruner resume {shlex.quote(str(run.folder))}` goes on from there" if run else ""
+
+
+def _last_words(who: dict, **where) -> str:
+    """What is said of a run whose process has died."""
+    run = _run_of(who, **where) if where else None
+    return _told(_status(run)) if run else "The run died before it began: its first process has ended, killed or out of memory; start it again."
 
 
 @contextlib.contextmanager
@@ -241,8 +267,8 @@ def _stopped(told: Callable[[], str]):
     """While open, what is stopped says how it goes on."""
     try:
         yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(told()) from None
+    except KeyboardInterrupt as stopped:
+        raise KeyboardInterrupt(told()) from stopped.__cause__
 
 
 def _show(run, args: argparse.Namespace) -> None:
@@ -256,8 +282,20 @@ def command_resume(args: argparse.Namespace) -> None:
     """`resume`: the rest of a run, then its table."""
     from dpruner import store, worker
     run = store.open_run(args.run, args.runs)
-    if _finished(worker.to_go_on(run, args.memory), args, folder=run.folder) is not None:
+    if _finished(RunConfig.from_dict(run.config), args, lambda: worker.to_go_on(run, args.memory), folder=run.folder) is not None:
         _show(run, args)
+
+
+def command_cancel(args: argparse.Namespace) -> None:
+    """`cancel`: what waits or runs ends, and keeps what it has."""
+    from dpruner import store, worker
+    run = store.Run(args.run) if worker.is_experiment(Path(args.run)) else store.open_run(args.run, args.runs)
+    state = worker.state(run)["state"]
+    if state not in worker.GOING:
+        raise InputError(f"{run.id} cannot be cancelled", f"it is {state}", "choose one that waits or runs")
+    worker.cancel(run)
+    state = worker.state(run)["state"]
+    print(json.dumps({"id": run.id, "folder": str(run.folder), "state": state}) if args.json else f"{run.id}: {state}")
 
 
 def settings(args: argparse.Namespace, earlier: dict) -> RunConfig:
@@ -336,7 +374,7 @@ def command_evaluate(args: argparse.Namespace) -> None:
     from dpruner import evaluations, store, tables
     from dpruner.loading import quiet_libraries
     run = store.open_run(args.run, args.runs)
-    with quiet_libraries(), _stopped(lambda: AGAIN), _counting() as progress:
+    with quiet_libraries(), _stopped(lambda: AGAIN), counting() as progress:
         table = evaluations.evaluate(run, args.task, args.method, args.domain, against=args.against, limit=args.limit, seed=args.seed,
                                      device=args.device, progress=progress)
     if args.json:
@@ -401,37 +439,9 @@ def command_experiment(args: argparse.Namespace) -> None:
         ahead = experiments.foreseen(experiment.record, experiment).words
         if ahead:
             print(f"{experiment.id}: {ahead}", file=sys.stderr)
-    with quiet_libraries(), _stopped(lambda: AGAIN), _watching() as watch:
+    with quiet_libraries(), _stopped(lambda: AGAIN), watching() as watch:
         table = experiments.conduct(experiment, cache=args.cache, watch=watch)
     if args.json:
         found = table.astype(object).where(table.notna(), None).to_dict("records")   # JSON knows no NaN
         return print(json.dumps({"id": experiment.id, "folder": str(experiment.folder), "figures": found}, ensure_ascii=False))
     tables.show_experiment(table, experiment.design.question, experiment.design.axis, Console(highlight=False))
-
-
-@contextlib.contextmanager
-def _counting():
-    """A bar on stderr for one thing after the other; yields what to call with (what, done, total)."""
-    console = Console(stderr=True)
-    with Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn(),
-                  console=console, transient=True, disable=not console.is_terminal) as bars:
-        bar = bars.add_task("loading model and tasks", total=None)
-        yield lambda what, done, total: bars.update(bar, description=what, completed=done, total=total)
-
-
-@contextlib.contextmanager
-def _watching():
-    """Bars on stderr that name stage, block and time left; yields what to call with a run's status."""
-    console = Console(stderr=True)
-    with Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TextColumn("{task.fields[note]}"),
-                  TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal) as bars:
-        whole = bars.add_task("loading model and text", total=None, note="")
-        part = bars.add_task("", total=1, visible=False, note="")
-
-        def watch(status):
-            left = f"{status.eta:.0f} s left" if status.eta is not None else ""
-            bars.update(whole, description="whole run", total=1, completed=status.share, note=left)
-            unit = UNITS.get(status.stage, "batch")
-            bars.update(part, description=f"{status.stage} · {status.about}", total=status.total, completed=status.done, visible=True,
-                        note=f"{unit} {min(status.done + 1, status.total)}/{status.total}")
-        yield watch

@@ -7,6 +7,8 @@ each takes its share of the calibration, and sums and counts are added up over a
 import contextlib
 import copy
 import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 
@@ -18,14 +20,31 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from dpruner import signals, turns
 from dpruner.errors import InputError
 from dpruner.hessian import Hessian
 from dpruner.masks import precision
 from dpruner.model import decoder_blocks, fingerprint
 
+ALL = (signal.SIGINT, *signals.ENDING)   # signals that ask a process to end
+GRACE = 10.0   # seconds that the first process gets to say why it ends
+SAID = "the first process has said what is to be said"
 PATIENCE = timedelta(days=30)   # the others wait while the first one evaluates, writes or has no turn yet
 
 _busy = False   # whether the others are at work with the first process, and would not hear an announcement
+_members: list[dict] = []   # who the processes are, in their order
+
+
+class Lost(KeyboardInterrupt):
+    """The first process has ended without a word. It may be met anywhere, and nothing that handles errors is to take it for one of its own.
+
+    Attributes:
+        first: its `turns.identity`.
+    """
+
+    def __init__(self):
+        super().__init__("the first process has ended without a word")
+        self.first = _members[0]
 
 
 def size() -> int:
@@ -45,7 +64,13 @@ def first() -> bool:
 
 @contextlib.contextmanager
 def team() -> Iterator[bool]:
-    """Join the processes that torchrun has started, if it has; yields whether this is the first, which the others then `follow`."""
+    """Join the processes that torchrun has started, if it has; yields whether this is the first, which the others then `follow`.
+
+    The first alone is asked to end, by ctrl-C or what is taken as such; the others end with it.
+
+    Raises:
+        KeyboardInterrupt: in the first process, caused by an InputError when another one has ended.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield True
         return
@@ -53,12 +78,58 @@ def team() -> Iterator[bool]:
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+    _members[:] = gathered(turns.identity())
     try:
-        yield first()
+        with signals.heard(_with_others) if first() else signals.heard(_with_first, ALL):
+            yield first()
     finally:
-        if first() and not _busy:
-            dist.broadcast_object_list([None], device="cpu")
+        with contextlib.suppress(RuntimeError):   # they are gone already
+            if first():
+                _store().set(SAID, "")
+            if first() and not _busy:
+                dist.broadcast_object_list([None], device="cpu")
         dist.destroy_process_group()
+
+
+def _store():
+    """What torchrun keeps for its processes, and what outlives them."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def _gone(who: dict) -> bool:
+    return not turns.elsewhere(who) and not turns.lives(who)
+
+
+def _first_has_said() -> bool:
+    """Whether the first process said why it ends. It may be about to; and what has just been killed takes a moment to be gone."""
+    deadline = time.monotonic() + GRACE
+    with contextlib.suppress(RuntimeError):
+        while not (said := _store().check([SAID])) and not _gone(_members[0]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return said
+    return False
+
+
+def _with_others() -> BaseException:
+    """The first process ends when it is asked to; torchrun also asks all when one has died."""
+    stop = KeyboardInterrupt()
+    stop.__cause__ = _left_alone() if any(map(_gone, _members)) else None
+    return stop
+
+
+def _with_first() -> BaseException | None:
+    """Another process leaves it to the first to end."""
+    return Lost() if _gone(_members[0]) else None
+
+
+def _left_alone() -> InputError:
+    return InputError("The run stopped in the middle", f"one of its {size()} processes has ended, killed or out of memory",
+                      "resume it, with as many processes or another number: what it has finished is kept")
+
+
+def _is_lost(error: BaseException) -> bool:
+    """Whether an error is that of a connection to another process."""
+    return isinstance(error, (Lost, dist.DistError)) or "gloo" in str(error)
 
 
 @contextlib.contextmanager
@@ -66,16 +137,19 @@ def announced(model: nn.Module, work: Callable, **arguments) -> Iterator[None]:
     """While open, the others do `work(their model, **arguments)` along with the first process; nothing where there are no others.
 
     Raises:
-        InputError: they have loaded another model.
+        InputError: they have loaded another model, or one of them has ended.
     """
     global _busy
     if not several() or not first():
         yield
         return
-    dist.broadcast_object_list([(work, arguments)], device="cpu")
-    _busy = True
-    _require_same(model)
-    yield
+    try:
+        dist.broadcast_object_list([(work, arguments)], device="cpu")
+        _busy = True
+        _require_same(model)
+        yield
+    except RuntimeError as error:
+        raise _left_alone() if _is_lost(error) else error from None
     _busy = False   # not after an error: then the others are left in the middle
 
 
@@ -84,18 +158,28 @@ def follow(load: Callable[[], nn.Module]) -> None:
 
     Args:
         load: gives the model; called when there is something to do.
+
+    Raises:
+        Lost: the first process has ended, and has not said why; in one of the others.
     """
     model = None
-    while True:
-        received = [None]
-        dist.broadcast_object_list(received, device="cpu")
-        if received[0] is None:
-            return
-        work, arguments = received[0]
-        model = load() if model is None else model
-        _require_same(model)
-        with contextlib.suppress(InputError):   # the first process meets it too, and says it
-            work(model, **arguments)
+    try:
+        while True:
+            received = [None]
+            dist.broadcast_object_list(received, device="cpu")
+            if received[0] is None:
+                return
+            work, arguments = received[0]
+            model = load() if model is None else model
+            _require_same(model)
+            with contextlib.suppress(InputError):   # the first process meets it too, and says it
+                work(model, **arguments)
+    except (Lost, RuntimeError) as error:
+        if not _is_lost(error):
+            raise
+        signals.ignore(ALL)   # torchrun is about to ask
+        if dist.get_rank() == 1 and not _first_has_said():   # one of them is enough
+            raise Lost from None
 
 
 def _require_same(model: nn.Module) -> None:

@@ -230,6 +230,8 @@ def _guarded(name, load):
             why, fix = "that revision does not exist", "give a branch, tag or commit of its page"
         elif any(isinstance(e, RepositoryNotFoundError | HFValidationError) for e in chain):
             why, fix = "no model of that name is on the hub or on this disk", "check the spelling, give a local folder, or 'starter'"
+        elif memory.ran_out(error):
+            why, fix = "there is too little memory for it", "free some memory, take a precision of fewer bytes, or choose a smaller model"
         elif "instantiate the backend tokenizer" in first:
             why, fix = "it has no tokenizer", "put the tokenizer that the model was trained with into its folder"
         elif "ignore_mismatched_sizes" in first:

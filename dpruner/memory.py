@@ -22,6 +22,7 @@ from dpruner.errors import InputError
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8   # of mallopt(3)
+NO_MEMORY = ("can't allocate memory", "Cannot allocate memory")   # how torch says it of a CPU, and the system
 SMALLEST = 2**16   # bytes below which a tensor stays where it is
 
 
@@ -67,6 +68,11 @@ def parse_size(words: str) -> int:
     if not size:
         raise InputError(f"The memory {words!r} is too small", usual, "give more than 0")
     return size
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that there is no more memory."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in NO_MEMORY)
 
 
 @contextlib.contextmanager

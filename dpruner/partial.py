@@ -102,7 +102,7 @@ class Partial:
         self.drop_damaged()
 
     def drop_damaged(self) -> None:
-        """Throw away tables that cannot be read, and the pieces they belong to: they are made again."""
+        """Throw away tables that cannot be read or whose mask is lost, and the pieces they belong to: they are made again."""
         for path in self.folder.glob("*.parquet"):
             try:
                 store.read_table(path)
@@ -111,6 +111,10 @@ class Partial:
                 what, _, piece = path.stem.partition(" of ")
                 if what in self.BESIDE:
                     self._path(piece).unlink(missing_ok=True)
+        for path in self.folder.glob("stats of *.parquet"):   # as in a copy that was made while the run went on
+            piece = path.stem.removeprefix("stats of ")
+            if not store.whole(self.folder.parent / "masks" / f"{piece}.safetensors"):
+                self._path(piece).unlink(missing_ok=True)
 
     def table(self, piece: str, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
         """The table of a piece of the run: as it was found before, or computed and kept."""

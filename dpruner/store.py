@@ -19,6 +19,8 @@ from dpruner.errors import InputError
 from dpruner.masks import Scores, pack, unpack
 
 STATES = ("queued", "running", "done", "failed", "cancelled")
+WAITING = {"state": "queued", "stage": "starting", "about": "", "done": 0, "total": 1, "progress": 0.0, "eta_seconds": None,
+           "elapsed_seconds": 0.0, "error": None}   # a status before its run's process has a say
 RECORDS = ("run.json", "status.json")   # what a run is; without them it is none
 LAST = "metrics.parquet"                # the last file that a run writes
 TABLES = ("stats.parquet", "losses.parquet", LAST)
@@ -270,12 +272,15 @@ class Run:
 
     @property
     def status(self) -> dict:
-        """status.json: its state is one of STATES.
+        """status.json: its state is one of STATES. A run of which there is no more than run.json is about to begin, or was when it died.
 
         Raises:
-            InputError: the file is missing or damaged.
+            InputError: the file is damaged, or there is no run.
         """
         path = self.folder / "status.json"
+        with contextlib.suppress(OSError):
+            if not path.is_file():
+                return {**WAITING, "pid": None, "born": (self.folder / "run.json").stat().st_mtime}
         found = read_json(path)
         if found.get("state") not in STATES:
             raise _damaged(path)

@@ -7,6 +7,7 @@ lock is freed by the system when its process ends, however it ends.
 import contextlib
 import json
 import os
+import platform
 import sys
 import tempfile
 import time
@@ -23,37 +24,56 @@ POLL = 0.3   # seconds between two looks at the queue
 
 
 def identity(pid: int | None = None) -> dict:
-    """A process: its id, and when it was born, because ids are given out again.
+    """A process: its machine, its id, and when it was born, because ids are given out again.
 
     Raises:
         psutil.NoSuchProcess: it has ended.
     """
     process = psutil.Process(pid)
-    return {"pid": process.pid, "pid_born": process.create_time()}
+    return {"machine": platform.node(), "pid": process.pid, "pid_born": _born(process)}
+
+
+def _born(process: psutil.Process) -> float:
+    """When a process began, in seconds, by what does not change with the clock: Linux counts from the start of the machine."""
+    return round(process.create_time() - (psutil.boot_time() if psutil.LINUX else 0), 2)
+
+
+def elsewhere(who: dict) -> bool:
+    """Whether the process of an `identity` is one of another machine."""
+    return who.get("machine", platform.node()) != platform.node()
 
 
 def lives(who: dict) -> bool:
-    """Whether the process of an `identity` still runs."""
+    """Whether the process of an `identity` still runs on this machine."""
+    if elsewhere(who):
+        return False
     try:
         process = psutil.Process(who["pid"])
         # after a restart of the machine the same id is another process: it must be as old as the identity says
-        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - who.get("pid_born", process.create_time())) < 2
+        return process.status() != psutil.STATUS_ZOMBIE and abs(_born(process) - who.get("pid_born", _born(process))) < 0.1
     except psutil.NoSuchProcess:
         return False
 
 
+def root() -> Path:
+    """The folder of all queues, made where it is not there."""
+    user = os.getuid() if hasattr(os, "getuid") else "queue"
+    folder = Path(os.environ.get("DPRUNER_QUEUE") or Path(tempfile.gettempdir()) / f"dpruner-{user}")
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder
+
+
 def queue_of(device: torch.device) -> Path:
-    """The folder of a device's tickets."""
-    root = os.environ.get("DPRUNER_QUEUE") or Path(tempfile.gettempdir()) / f"dpruner-{os.getuid() if hasattr(os, 'getuid') else 'queue'}"
-    return Path(root) / f"{device.type}-{device.index or 0}"
+    """The folder of a device's tickets, made where it is not there."""
+    folder = root() / f"{device.type}-{device.index or 0}"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def take_ticket(device: torch.device, pid: int | None = None) -> Path:
     """A place at the end of the queue, for this process or another one."""
-    folder = queue_of(device)
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     who = identity(pid)
-    ticket = folder / f"{time.time_ns():020d}-{who['pid']}.ticket"
+    ticket = queue_of(device) / f"{time.time_ns():020d}-{who['pid']}.ticket"
     write_json(ticket, who)
     return ticket
 

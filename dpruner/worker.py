@@ -16,22 +16,19 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from dpruner import store, turns
+from dpruner import signals, store, turns
 from dpruner.config import RunConfig, split_domain
 from dpruner.errors import InputError
 from dpruner.loading import pick_device
 from dpruner.memory import available_memory, parse_size
-from dpruner.store import Run
+from dpruner.status import GOING, PATIENCE, alive, claimed
+from dpruner.store import WAITING, Run
 from dpruner.units import size
 
 if TYPE_CHECKING:   # it imports everything, which a starting page need not wait for
     from dpruner.experiments import Experiment
 
-PATIENCE = 10.0   # seconds a cancelled process gets to end by itself, and a started one to be seen
 LOG = "log.txt"
-WAITING = {"state": "queued", "stage": "starting", "about": "", "done": 0, "total": 1, "progress": 0.0, "eta_seconds": None,
-           "elapsed_seconds": 0.0, "error": None}
-GOING = ("queued", "running")    # states of a run whose process lives
 OVER = ("failed", "cancelled")   # states from which a run can go on
 
 _children: dict[int, subprocess.Popen] = {}   # kept to be reaped, as one that nobody waits for looks alive, and to know how it ended
@@ -132,9 +129,13 @@ def start(run: Run, module: list[str], device: str | None) -> None:
 
     Args:
         module: what the process is, as `python -m` takes it, with its arguments; it calls `process`.
+
+    Raises:
+        InputError: it is going on already.
     """
-    status = {**WAITING, "pid": None, "born": time.time()}
-    store.write_json(run.folder / "status.json", status)
+    status = {**WAITING, "pid": None, "born": time.time(), "asked_by": "SIGTERM"}   # which it hears from its first moment
+    with claimed(run.folder):
+        store.write_json(run.folder / "status.json", status)
     package = str(Path(__file__).parents[1])   # the process must find this package from wherever the paths in the config are meant
     path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
     # threads that wait for each other spin far shorter than by default: the browser and the server want the processors too
@@ -155,10 +156,14 @@ def state(run: Run) -> dict:
         InputError: the run folder is gone or its status is damaged.
     """
     status = run.status
-    if status["state"] in GOING and not _alive(status):
+    if status["state"] in GOING and turns.elsewhere(status):
+        return {**status, "state": "failed", "error": {
+            "what": "The run cannot be seen from here", "why": f"it was {status['state']} on the machine {status['machine']!r}",
+            "what to do": "look there; if it has ended, or this is a copy, resume it: what it has is kept"}}
+    if status["state"] in GOING and not alive(status):
         status = run.status   # it may have ended between the two looks
         if status["state"] in GOING:
-            status = {**status, "state": "failed", "error": died(run, _exit_code(status.get("pid")))}
+            status = {**status, "state": "failed", "error": died(run, _exit_code(status["pid"]), began=status["pid"] is not None)}
             with contextlib.suppress(OSError):
                 store.write_json(run.folder / "status.json", status)
     for child in list(_children.values()):
@@ -172,15 +177,16 @@ def _exit_code(pid: int | None) -> int | None:
         return _children[pid].wait(1) if pid in _children else None
 
 
-def died(run: Run, code: int | None = None) -> dict:
+def died(run: Run, code: int | None = None, began: bool = True) -> dict:
     """What is said of a run or an experiment whose process ended without a word.
 
     Args:
         code: its exit code, where it is known; negative for a signal.
+        began: whether it had written who it is.
     """
     how = {None: "its process ended without a word, killed or out of memory or with the whole machine",
            -signal.SIGKILL: "its process was killed, by the system if memory ran out"}
-    return {"what": "The run stopped in the middle", "why": how.get(code, f"its process ended with code {code}"),
+    return {"what": "The run stopped in the middle" if began else "The run died before it began", "why": how.get(code, f"its process ended with code {code}"),
             "what to do": "resume it: what it has is kept" + _sparingly(run)}
 
 
@@ -197,13 +203,6 @@ def _sparingly(run: Run) -> str:
     return f"; if it ends so once more, with a limit on its memory: {how}"
 
 
-def _alive(status: dict) -> bool:
-    """Whether the process that wrote a status still runs; one that was only just started has not written yet."""
-    if status.get("pid") is None:
-        return time.time() - status.get("born", 0) < 3 * PATIENCE
-    return turns.lives(status)
-
-
 def cancel(run: Run) -> None:
     """End a queued or running run. What it has stays, and it can go on later."""
     status = state(run)
@@ -215,21 +214,24 @@ def cancel(run: Run) -> None:
         status = state(run)
     if status["pid"] is not None:
         with contextlib.suppress(psutil.NoSuchProcess):
-            _end(run, psutil.Process(status["pid"]))
+            _end(run, psutil.Process(status["pid"]), getattr(signal, status.get("asked_by", "SIGINT")))
     if run.status["state"] in GOING:
         store.write_json(run.folder / "status.json", {**run.status, "state": "cancelled"})
 
 
-def _end(run: Run, process: psutil.Process) -> None:
+def _end(run: Run, process: psutil.Process, number: int) -> None:
     """Ask a process to end its run, wait a little, then insist.
 
     What this process did not start may have other things to do, such as a notebook: it is left alone once its run has ended.
+
+    Args:
+        number: of the signal that it hears.
     """
     def to_end() -> bool:
         return process.pid in _children or run.status["state"] in GOING
 
     left, deadline = [process, *process.children(recursive=True)], time.time() + PATIENCE
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     while left and to_end() and time.time() < deadline:
         _, left = psutil.wait_procs(left, timeout=turns.POLL)
     if to_end():
@@ -256,11 +258,10 @@ def work(folder: Path, cache: Path) -> None:
 def process(folder: Path, job: Callable[[], None]) -> int:
     """A job in this process; what goes wrong stands in status.json, and in the log for developers."""
     run = Run(folder)
-    signal.signal(signal.SIGINT, signal.default_int_handler)   # what a shell puts into the background ignores it, and so would all that it starts
     store.write_json(folder / "status.json", {**run.status, **turns.identity()})
     try:
         from dpruner.loading import quiet_libraries
-        with quiet_libraries():
+        with signals.heard(), quiet_libraries():
             job()
     except InputError as error:
         print(error, file=sys.stderr)

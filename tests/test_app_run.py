@@ -6,7 +6,6 @@ import gzip
 import io
 import json
 import math
-import os
 import re
 import shlex
 import shutil
@@ -15,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import psutil
 import pytest
 import torch
 from conftest import save
@@ -25,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from analysis import heads
 from app import sofar, state, uploads
-from dpruner import InputError, RunConfig, cli, estimate, hub, loading, pipeline, store, worker
+from dpruner import InputError, RunConfig, cli, estimate, hub, loading, pipeline, store, turns, worker
 from dpruner.calibration import load_texts
 from dpruner.model import count_weights, skipped_weights
 from dpruner.store import Run
@@ -75,7 +73,7 @@ def calm(at: AppTest) -> AppTest:
 def written(folder: Path, config: RunConfig | None = None, **status) -> Run:
     """A run folder whose process is this one."""
     store.write_json(folder / "run.json", {"config": (config or RunConfig()).to_dict()})
-    me = {"pid": os.getpid(), "pid_born": psutil.Process().create_time(), "born": time.time()}
+    me = {**turns.identity(), "born": time.time()}
     store.write_json(folder / "status.json", {**worker.WAITING, **me, **status})
     return Run(folder)
 
@@ -269,7 +267,7 @@ def growing(runs: Path, small, pieces: dict[str, pd.DataFrame], masks=()) -> Run
         store.write_table(folder / "partial" / f"{name}.parquet", table)
     for name in masks:
         shutil.copy(small.run.folder / "masks" / f"{name}.safetensors", folder / "masks")
-    me = {"pid": os.getpid(), "pid_born": psutil.Process().create_time()}
+    me = turns.identity()
     store.write_json(folder / "status.json", {**worker.WAITING, **me, "state": "running", "stage": "domain importance", "about": "legal"})
     return Run(folder)
 

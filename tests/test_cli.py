@@ -1,5 +1,6 @@
 """The command line: what it prints and leaves, its exit codes, and one clear sentence for everything that cannot work."""
 
+import errno
 import json
 import re
 import shutil
@@ -9,7 +10,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from test_model import BROKEN, broken, is_one_sentence
 
-from dpruner import RunConfig, cli, estimate, experiments, pipeline, store, tables
+from dpruner import RunConfig, cli, estimate, evaluations, experiments, loading, pipeline, store, tables
 from dpruner.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("one_thread", "elsewhere")
@@ -430,3 +431,28 @@ def test_a_figure_stands_under_the_text_it_is_of(small, capsys):
     tables.show_run(told, Console(highlight=False, width=100))
     printed = re.search(r"legal +dense +(\S+) +(\S+)", capsys.readouterr().out)
     assert printed[1] == "–" and printed[2] == f"{told['dense']['legal']['general']['value']:.1f}"
+
+
+@pytest.mark.parametrize(("error", "said"), [
+    (MemoryError(), "The command needs more memory than there is: out of memory; free some memory and start it again"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "The command needs more memory than there is: DefaultCPUAllocator"),
+    (OSError(errno.ENOSPC, "No space left on device"), "The command could not write: the disk is full; free some space and start it again."),
+    (PermissionError(errno.EROFS, "Read-only file system", "there/x"), "The command could not write 'there/x': read-only file system; mend it")])
+def test_what_any_command_lacks_is_said_with_advice(error, said, small, capfd, monkeypatch):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(evaluations, "evaluate", fails)
+    assert cli.main(["evaluate", str(small.run.folder)]) == 1
+    _, err = capfd.readouterr()
+    assert err.startswith(said) and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory: you tried"), OSError("Cannot allocate memory (os error 12)")])
+def test_a_model_for_which_there_is_no_memory_is_not_called_damaged(error, llama, monkeypatch):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", fails)
+    with pytest.raises(InputError, match="could not be loaded: there is too little memory for it; free some memory"):
+        loading.load_model(str(llama))

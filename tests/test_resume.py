@@ -253,6 +253,20 @@ def test_files_that_were_torn_are_made_again(share, brief, whole, tmp_path, one_
     assert content(finished(brief, run.folder)) == content(whole)
 
 
+def test_a_mask_that_an_unfinished_run_has_lost_is_made_again(brief, whole, tmp_path, one_thread):
+    """As in a copy of its folder that was made while it went on."""
+    run = store.new_run(tmp_path, "run")
+
+    def stop(status):
+        if (run.folder / "partial" / "dpruner@legal.parquet").is_file():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(brief, folder=run.folder, cache=tmp_path / "cache of " / run.id, watch=stop)
+    run.path("masks", "dpruner", "legal").unlink()
+    assert content(finished(brief, run.folder)) == content(whole)
+
+
 def test_files_that_a_finished_run_has_lost_are_made_anew(brief, whole, tmp_path, one_thread):
     folder = tmp_path / "runs" / whole.id
     shutil.copytree(whole.folder, folder)

@@ -699,8 +699,8 @@ def test_status_is_written_at_the_beginning_now_and_then_and_at_the_end(tmp_path
     written = []
     monkeypatch.setattr("dpruner.status.write_json", lambda path, data: written.append(data))
     clock = iter(np.arange(0, 100, 0.1).tolist())
-    monkeypatch.setattr("dpruner.status.time.time", lambda: next(clock))
-    with Status(tmp_path) as status:
+    monkeypatch.setattr("dpruner.status.time.monotonic", lambda: next(clock))
+    with Status(tmp_path, fresh=True) as status:
         status.plan = [("walk", 1.0, "a")]
         for done in range(20):
             status.step("walk", done, 20)
@@ -773,7 +773,7 @@ def full_disk(monkeypatch, where: str):
 @pytest.mark.parametrize("where", ["masks", "ranks", "general"])
 def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(where, llama, tmp_path, monkeypatch):
     full_disk(monkeypatch, where)
-    with pytest.raises(InputError, match="could not be written.*the disk is full") as caught:
+    with pytest.raises(InputError, match="could not write to .*the disk is full") as caught:
         quick(llama, tmp_path)
     assert failed(tmp_path / "runs")["error"]["what"] == caught.value.what
     assert not half_written(tmp_path) and not any(where in path.parts and path.is_file() for path in tmp_path.rglob("*"))
@@ -833,7 +833,7 @@ def test_a_file_that_may_grow_no_further_is_one_sentence_and_leaves_no_half_file
 
     process = start(command(llama, tmp_path, "--method", "magnitude"), tmp_path, limit)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 1 and out == "" and err.count("\n") == 1 and "could not be written" in err, err
+    assert process.returncode == 1 and out == "" and err.count("\n") == 1 and "The run could not write to" in err, err
     status = failed(tmp_path / "runs")
     assert status["error"]["what"] in err and not half_written(tmp_path)
     assert {Path(name).name for name in files_in(tmp_path)} == {"run.json", "status.json"}

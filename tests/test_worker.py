@@ -1,6 +1,7 @@
 """Runs as processes of their own: the queue, cancelling, what is said of one that died. Few processes: each has torch to import."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from dpruner import InputError, RunConfig, cli, experiments, pipeline, store, turns, worker
+from dpruner import InputError, RunConfig, cli, experiments, pipeline, signals, status, store, turns, worker
 from dpruner.memory import parse_size
 from dpruner.store import Run
 
@@ -134,6 +135,24 @@ def listening() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def in_the_background() -> None:
+    """As `command &` in a script."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@pytest.fixture
+def shell(llama, runs, tmp_path, busy):
+    """Start a run that waits in a shell; gives its process and the run."""
+    def start(before):
+        options = ["--model", str(llama), "--domain", "legal", "--device", "cpu", "--runs", str(runs), "--cache", str(tmp_path / "cache")]
+        process = subprocess.Popen([sys.executable, "-m", "dpruner", "prune", *options], stderr=subprocess.PIPE, text=True, preexec_fn=before)
+        run, = wait_for(lambda: store.find_runs(runs))
+        wait_for(lambda: worker.state(run)["stage"] == "waiting for the device")
+        return process, run
+
+    return start
+
+
 def test_an_experiment_that_waits_says_so(llama, tmp_path, busy):
     experiment, seen = experiments.prepared("formulas", RunConfig(model=str(llama), **BRIEF), values=["balanced"], root=tmp_path), []
 
@@ -148,15 +167,39 @@ def test_an_experiment_that_waits_says_so(llama, tmp_path, busy):
     assert worker.state(experiment)["state"] == "cancelled"
 
 
-def test_a_shell_says_that_it_waits_and_its_run_can_be_cancelled_from_anywhere(llama, runs, tmp_path, busy):
-    options = ["--model", str(llama), "--domain", "legal", "--device", "cpu", "--runs", str(runs), "--cache", str(tmp_path / "cache")]
-    shell = subprocess.Popen([sys.executable, "-m", "dpruner", "prune", *options], stderr=subprocess.PIPE, text=True, preexec_fn=listening)
-    run, = wait_for(lambda: store.find_runs(runs))
-    assert wait_for(lambda: worker.state(run))["state"] == "queued"
-    worker.cancel(run)
-    assert worker.state(run)["state"] == "cancelled" and shell.wait(WAIT) == 1
-    waits, stopped = shell.stderr.read().splitlines()[-2:]
-    assert waits == "Waiting for the device: 1 before it." and stopped.startswith("Stopped: ")
+@pytest.mark.parametrize("before", [listening, in_the_background])
+def test_a_shell_says_that_it_waits_and_its_run_can_be_cancelled_from_anywhere(before, shell, runs, capsys):
+    process, run = shell(before)
+    if before is in_the_background:
+        process.send_signal(signal.SIGINT)   # a ctrl-C that is meant for something else
+    assert cli.main(["cancel", "last", "--runs", str(runs)]) == 0 and capsys.readouterr().out == f"{run.id}: cancelled\n"
+    assert worker.state(run)["state"] == "cancelled" and process.wait(WAIT) == 1
+    waits, stopped = process.stderr.read().splitlines()[-2:]   # it was asked, and not killed
+    assert waits == "Waiting for the device: 1 before it." and stopped.startswith("Stopped: what it has finished is kept")
+    assert cli.main(["cancel", run.id, "--runs", str(runs)]) == 1
+    assert capsys.readouterr().err == f"{run.id} cannot be cancelled: it is cancelled; choose one that waits or runs.\n"
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_terminal_that_closes_or_a_time_limit_ends_a_run_as_ctrl_c_does(name, shell):
+    process, run = shell(listening)
+    for _ in range(2):   # a batch system tells a process and what has started it
+        process.send_signal(getattr(signal, name))
+    assert process.wait(WAIT) == 1 and run.status["state"] == "cancelled"
+    assert process.stderr.read().splitlines()[-1].startswith("Stopped: what it has finished is kept; `python -m dpruner resume ")
+
+
+def test_what_ignores_a_closing_terminal_goes_on(monkeypatch):
+    before, usual = signal.signal(signal.SIGHUP, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)   # as nohup does
+    try:
+        with signals.heard():
+            os.kill(os.getpid(), signal.SIGHUP)
+        with pytest.raises(KeyboardInterrupt), signals.heard():
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and signal.getsignal(signal.SIGTERM) is signal.SIG_IGN   # heard once
+    finally:
+        signal.signal(signal.SIGHUP, before)
+        signal.signal(signal.SIGTERM, usual)
 
 
 def test_a_notebook_outlives_the_run_that_is_cancelled_in_it(llama, runs, tmp_path, busy):
@@ -217,10 +260,10 @@ def test_a_killed_run_has_failed_and_says_so_from_then_on(llama, runs, tmp_path)
 
 
 def test_a_process_id_that_was_given_out_again_is_no_sign_of_life(tmp_path):
-    born = psutil.Process().create_time()
-    alive = written(tmp_path / "alive", state="running", pid=os.getpid(), pid_born=born)
+    me = turns.identity()
+    alive = written(tmp_path / "alive", state="running", **me)
     assert worker.state(alive)["state"] == "running"
-    other = written(tmp_path / "other", state="running", pid=os.getpid(), pid_born=born - 1000)
+    other = written(tmp_path / "other", state="running", **me | {"pid_born": me["pid_born"] - 1000})
     assert sentence(worker.state(other)).startswith("The run stopped in the middle: its process ended without a word")
     assert worker.state(alive)["state"] == "running"
 
@@ -243,6 +286,59 @@ def test_a_run_that_died_with_damaged_settings_is_still_told_of(config, tmp_path
     run = written(tmp_path / "run", state="running", pid=2**22, pid_born=0.0)
     store.write_json(run.folder / "run.json", {"config": config})
     assert worker.state(run)["error"]["what to do"] == "resume it: what it has is kept"
+
+
+def test_a_clock_that_is_set_back_makes_no_process_another(monkeypatch):
+    me, real = turns.identity(), psutil._psplatform.boot_time
+    monkeypatch.setattr(psutil._psplatform, "boot_time", lambda: real() - 3600)   # the system reckons it from the clock
+    assert turns.lives(me) and turns.identity() == me
+
+
+def test_what_runs_on_another_machine_is_not_told_as_dead(tmp_path):
+    run = written(tmp_path / "run", state="running", **turns.identity() | {"machine": "another"})
+    before = run.status
+    assert sentence(worker.state(run)).startswith("The run cannot be seen from here: it was running on the machine 'another'; look there; if it has ended")
+    assert run.status == before and worker.to_go_on(run)   # a copy of its folder
+
+
+def test_one_process_at_a_time_works_in_a_folder(llama, tmp_path, busy):
+    config = RunConfig(model=str(llama), **BRIEF)
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    experiment = experiments.prepared("formulas", config, values=["balanced"], root=tmp_path)
+    run = written(tmp_path / "run", state="running", **turns.identity(other.pid))
+    store.write_json(experiment.folder / "status.json", run.status)
+    for attempt in (lambda: pipeline.run(config, folder=run.folder, cache=tmp_path), lambda: experiments.conduct(experiment, cache=tmp_path),
+                    lambda: worker.start(run, ["dpruner.worker"], "cpu"), lambda: worker.start(experiment, ["dpruner.worker"], "cpu")):
+        with pytest.raises(InputError, match="is going on already: it is running, and two at once"):
+            attempt()
+    assert run.status["pid"] == other.pid == experiment.status["pid"]
+    other.communicate(b"end\n")
+    with status.claimed(run.folder):
+        pass
+    store.write_json(run.folder / "status.json", {**worker.WAITING, "pid": None, "born": time.time()})   # whose process is just being started
+    with pytest.raises(InputError, match="is going on already: it is queued"), status.claimed(run.folder):
+        pass
+
+
+def test_a_run_that_died_before_its_first_status_is_told_as_any_that_died(llama, tmp_path, capsys):
+    config = RunConfig(model=str(llama), **BRIEF)
+    run = store.new_run(tmp_path / "runs", "run", config.to_dict())
+    assert worker.state(run)["state"] == "queued"   # it may be about to begin
+    os.utime(run.folder / "run.json", (0, 0))
+    assert cli.main(["runs", "--runs", str(tmp_path / "runs")]) == 0
+    assert capsys.readouterr().out.startswith(f"{run.id}: failed. The run died before it began: its process ended without a word")
+    pipeline.run(worker.to_go_on(run), folder=run.folder, cache=tmp_path / "cache")
+    assert run.status["state"] == "done" and run.pairs() == [("dpruner", "legal")]
+
+
+def test_a_run_whose_folder_is_deleted_ends_and_leaves_nothing(llama, tmp_path):
+    def deleted(now):
+        if now.share > 0.3:
+            shutil.rmtree(now.folder, ignore_errors=True)
+
+    with pytest.raises(InputError, match="cannot go on: its folder was deleted; start a new one"):
+        pipeline.run(RunConfig(model=str(llama), **BRIEF), runs=tmp_path / "runs", cache=tmp_path / "cache", watch=deleted)
+    assert not any((tmp_path / "runs").iterdir())
 
 
 def test_a_process_that_ended_is_no_sign_of_life_even_before_it_is_reaped(tmp_path):
@@ -300,7 +396,7 @@ def test_a_deleted_or_damaged_run_folder_is_one_sentence(tmp_path):
     (run.folder / "status.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read"):
         worker.state(run)
-    (run.folder / "status.json").unlink()
+    shutil.rmtree(run.folder)
     with pytest.raises(InputError, match="was not found"):
         worker.state(run)
 
