@@ -19,13 +19,13 @@ app: setup
 demo: setup
 	$(BIN)/python -m dpruner prune --model starter --domain healthcare --domain legal --method dpruner --method magnitude --method random
 
-# two at a time, each on one thread: threads of two processes would wait for each other
+# two at a time, each on one thread, see conftest.py
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # ten thousand random configurations and command lines, others every time
 hostile: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_hostile.py --hypothesis-profile hostile
+	$(BIN)/python -m pytest tests/test_hostile.py --hypothesis-profile hostile
 
 bench: setup
 	PYTHONPATH=. $(BIN)/python tests/bench.py

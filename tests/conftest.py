@@ -12,6 +12,9 @@ from families import tiny, tiny_tokenizer
 
 from dpruner import RunConfig, pipeline, report, store
 
+# tiny tensors are slower on several threads than on one, and much slower where the cores are busy; other numbers of threads, other last bits
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 settings.register_profile("hostile", max_examples=10_000)   # of `make hostile`
 
 SMALL = {"nsamples": 4, "seqlen": 16, "eval_documents": 1, "eval_seqlen": 128}
@@ -28,15 +31,6 @@ def save(model, folder: Path, tokenizer=None) -> Path:
 def queue(tmp_path_factory):
     """A queue of their own: the tests wait for nobody's runs, and nobody waits for theirs."""
     os.environ["DPRUNER_QUEUE"] = str(tmp_path_factory.mktemp("queue"))
-
-
-@pytest.fixture
-def one_thread():
-    """Tiny tensors are slower on several threads than on one, and much slower where the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

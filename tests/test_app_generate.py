@@ -19,7 +19,6 @@ from dpruner.store import Run
 
 MAIN = str(Path(__file__).parents[1] / "app" / "main.py")
 PROMPT = "The law of the land"
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

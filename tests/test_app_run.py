@@ -708,7 +708,7 @@ def test_a_model_without_weights_counts_as_the_model_itself(starter):
     {"methods": ("dpruner", "magnitude", "random")}, {"methods": ("sparsegpt", "magnitude")}, {"methods": ("dpruner", "magnitude"), "compensate": "walk"},
     {"methods": ("dpruner", "magnitude"), "compensate": "walk", "fisher": "domain", "sides": False},
     {"methods": ("sparsegpt", "wanda"), "compensate": "after", "dtype": "bfloat16"}])
-def test_disk_is_what_the_run_takes(settings, small, tmp_path, one_thread):
+def test_disk_is_what_the_run_takes(settings, small, tmp_path):
     config = dataclasses.replace(small.config, evaluate=False, **settings)
     run = pipeline.run(config, runs=tmp_path / "runs", cache=tmp_path / "cache")
     files = [p for p in tmp_path.rglob("*.safetensors") if p.parent.name != "edges"]

@@ -18,7 +18,6 @@ from dpruner.variants import load_original, variant
 GENERAL, DOMAIN = tiny_batches(16, seed=1), tiny_batches(12, seed=2)   # more tokens than any linear has inputs
 SEVERAL = [f for f in FAMILIES if f in ("llama", "gpt2", "gemma3_text", "falcon", "mpt", "qwen3")]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 every_calibration = pytest.mark.parametrize("which", HESSIANS)
 
 

@@ -13,7 +13,7 @@ from test_model import BROKEN, broken, is_one_sentence
 from dpruner import RunConfig, cli, estimate, evaluations, experiments, loading, pipeline, store, tables
 from dpruner.errors import InputError
 
-pytestmark = pytest.mark.usefixtures("one_thread", "elsewhere")
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 QUICK = ["--domain", "legal", "--nsamples", "4", "--seqlen", "16", "--no-evaluate", "--no-halves", "--general-mode", "static"]
 

@@ -14,7 +14,6 @@ from dpruner.model import count_weights, fingerprint, prunable_linears
 from dpruner.obs import refine, sweep
 
 GENERAL, DOMAIN = tiny_batches(16, seed=1), tiny_batches(3, seed=2)
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

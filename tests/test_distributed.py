@@ -9,7 +9,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 from conftest import SMALL
 from test_resume import content
 from test_worker import WAIT, busy, gone, listening, wait_for  # noqa: F401 (a fixture among them)
@@ -27,7 +26,7 @@ SAMPLES = {"nsamples": 17, "seqlen": 128}   # three passes of 8, 8 and 1 for a w
 
 def torchrun(n: int, arguments: list[str], folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "-m", "dpruner", *arguments], cwd=folder,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
 
 
 def config_of(llama, **more) -> RunConfig:
@@ -36,12 +35,9 @@ def config_of(llama, **more) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def alone(llama, tmp_path_factory):
-    """Runs of one process, of one thread as those of torchrun."""
-    root, before = tmp_path_factory.mktemp("alone"), torch.get_num_threads()
-    torch.set_num_threads(1)
-    found = {name: pipeline.run(config_of(llama, **case), runs=root / "runs", cache=root / "cache") for name, case in CASES.items()}
-    torch.set_num_threads(before)
-    return found
+    """Runs of one process."""
+    root = tmp_path_factory.mktemp("alone")
+    return {name: pipeline.run(config_of(llama, **case), runs=root / "runs", cache=root / "cache") for name, case in CASES.items()}
 
 
 @pytest.mark.parametrize(("n", "name"), [(1, "walk"), (2, "walk"), (3, "walk"), (2, "static")])
@@ -69,7 +65,7 @@ def started(llama, tmp_path):
     def start(name):
         store.write_json(tmp_path / "config.json", config_of(llama, **CASES[name]).to_dict())
         begun.append(subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "dpruner", "prune", "--config", "config.json"],
-                                      cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
+                                      cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
                                       preexec_fn=listening))
         run, = wait_for(lambda: store.find_runs(tmp_path / "runs"))
         return begun[0], run, sorted(child.pid for child in psutil.Process(begun[0].pid).children())
@@ -93,7 +89,7 @@ def test_a_shared_run_waits_for_its_turn_and_is_listed_and_cancelled_like_any(st
 
 
 @pytest.mark.parametrize(("killed", "said"), [(0, "its process ended without a word"), (1, "one of its 2 processes has ended, killed or out of memory")])
-def test_a_process_that_is_killed_ends_the_others_and_the_run_goes_on_alone(killed, said, started, alone, tmp_path, one_thread):
+def test_a_process_that_is_killed_ends_the_others_and_the_run_goes_on_alone(killed, said, started, alone, tmp_path):
     torchrun, run, pids = started("walk")
     wait_for(lambda: run.status["state"] == "running")
     os.kill(pids[killed], signal.SIGKILL)

@@ -18,8 +18,6 @@ from dpruner.evaluate import Estimate, bootstrap_ratio, perplexity, windows
 
 TEXTS = ["The court finds for the plaintiff.", "a", "Take two of these a day, with water; and call me if it gets any worse.", "", "no."]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @torch.no_grad()
 def by_hand(model, tokenizer, texts, seqlen, stride):

@@ -21,7 +21,6 @@ from dpruner.model import fingerprint, prunable_linears
 from dpruner.tasks import load_task
 from dpruner.variants import DENSE, chosen, load_original, variant
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ASKED = {"limit": 12, "methods": ["dpruner", "random"], "domains": ["legal"]}
 
 

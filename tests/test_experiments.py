@@ -25,7 +25,6 @@ from dpruner.model import fingerprint
 from dpruner.store import Run
 from dpruner.transfer import predicts, transfer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
 MAIN = str(ROOT / "app" / "main.py")
 BRIEF = {"nsamples": 4, "seqlen": 16, "eval_documents": 1, "eval_seqlen": 64, "general_mode": "static", "device": "cpu"}

@@ -19,8 +19,6 @@ from dpruner.masks import make_masks, pruned
 from dpruner.model import prunable_linears
 from dpruner.store import Run, read_masks, write_masks
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def run_of(model, tmp_path, **settings) -> Run:
     folder = save(model, tmp_path / "model")

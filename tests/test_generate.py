@@ -11,7 +11,6 @@ from dpruner.generate import end_tokens, generate, prompt_ids, read, tokens_per_
 from dpruner.model import blank_scores, fingerprint
 
 PROMPT = "The law of the land"
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @torch.no_grad()

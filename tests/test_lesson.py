@@ -23,8 +23,6 @@ from dpruner.loading import load_model
 from dpruner.masks import make_masks, pruned
 from dpruner.model import prunable_linears
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def tiny(lesson):

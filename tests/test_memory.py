@@ -66,7 +66,7 @@ RUNS = {"after": {"methods": ("dpruner", "wanda", "random"), "compensate": "afte
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("after", "float32"), ("walk", "bfloat16"), ("finetune", "float32")])
-def test_a_sparing_run_ends_with_the_same_bits(name, dtype, llama, tmp_path, monkeypatch, one_thread):
+def test_a_sparing_run_ends_with_the_same_bits(name, dtype, llama, tmp_path, monkeypatch):
     config = RunConfig(model=str(llama), domains=("legal",), **SMALL | {"device": "cpu", "dtype": dtype} | RUNS[name])
     usual = pipeline.run(config, runs=tmp_path / "usual", cache=tmp_path / "cache of usual")
     monkeypatch.setattr(memory, "SMALLEST", 0)
@@ -117,7 +117,6 @@ from pathlib import Path
 import torch
 from dpruner import domain_importance, general_importance, load_model, make_masks, memory, pipeline, pruned, store
 
-torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 with memory.following(memory.Plan(outside=True, files=True, checkpointing=True), folder), torch.no_grad():
     load_model("starter", device="cpu")   # what libraries set up at their first use

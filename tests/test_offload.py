@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def everything_visits(monkeypatch, one_thread):
+def everything_visits(monkeypatch):
     """However small it is."""
     monkeypatch.setattr(memory, "SMALLEST", 0)
 

@@ -31,7 +31,6 @@ KILLS = 7   # of each, 21 in all
 
 def work(folder: Path, cache: Path, config: dict) -> None:
     """What a process does that is about to be killed: everything is saved at every step, so that every kind of file is caught half-way."""
-    torch.set_num_threads(1)
     partial.SHARE = float("inf")
     pipeline.run(RunConfig.from_dict(config), folder=folder, cache=cache)
 
@@ -143,7 +142,7 @@ def test_what_is_final_is_written_once_and_found_again(tmp_path, monkeypatch):
     assert step == 3 and {n: int(t) for n, t in saved.items()} == {"block 1": 1, "block 2": 2, "block 3": 3, "state": 3}
 
 
-def test_a_run_of_another_model_does_not_go_on(small, tmp_path, one_thread):
+def test_a_run_of_another_model_does_not_go_on(small, tmp_path):
     config = small.config
     run = store.new_run(tmp_path, "run")
     record = small.run.record
@@ -181,15 +180,11 @@ def brief(llama):
 
 @pytest.fixture(scope="module")
 def whole(brief, tmp_path_factory):
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    run = finished(brief, store.new_run(tmp_path_factory.mktemp("whole"), "run").folder)
-    torch.set_num_threads(before)
-    return run
+    return finished(brief, store.new_run(tmp_path_factory.mktemp("whole"), "run").folder)
 
 
 @pytest.mark.parametrize("after", [0, 2, 7, 19])
-def test_a_disk_that_was_full_for_a_while_changes_no_bit(after, brief, whole, tmp_path, monkeypatch, one_thread):
+def test_a_disk_that_was_full_for_a_while_changes_no_bit(after, brief, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(partial, "SHARE", float("inf"))
     run, disk = store.new_run(tmp_path, "run"), Full(monkeypatch, after)
     with pytest.raises(InputError, match="the disk is full; free some space and resume it"):
@@ -216,7 +211,7 @@ def test_what_a_killed_process_was_writing_to_the_cache_is_cleared(processes, tm
         assert list(tmp_path.rglob(".*.tmp")) == [own]
 
 
-def test_killed_while_it_tidies_up_it_is_as_finished_as_before(brief, whole, tmp_path, monkeypatch, one_thread):
+def test_killed_while_it_tidies_up_it_is_as_finished_as_before(brief, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(partial, "SHARE", float("inf"))
     run = store.new_run(tmp_path, "run")
 
@@ -235,7 +230,7 @@ def test_killed_while_it_tidies_up_it_is_as_finished_as_before(brief, whole, tmp
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9, 0.999])
-def test_files_that_were_torn_are_made_again(share, brief, whole, tmp_path, one_thread, monkeypatch):
+def test_files_that_were_torn_are_made_again(share, brief, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(partial, "SHARE", float("inf"))
     run = store.new_run(tmp_path, "run")
 
@@ -253,7 +248,7 @@ def test_files_that_were_torn_are_made_again(share, brief, whole, tmp_path, one_
     assert content(finished(brief, run.folder)) == content(whole)
 
 
-def test_a_mask_that_an_unfinished_run_has_lost_is_made_again(brief, whole, tmp_path, one_thread):
+def test_a_mask_that_an_unfinished_run_has_lost_is_made_again(brief, whole, tmp_path):
     """As in a copy of its folder that was made while it went on."""
     run = store.new_run(tmp_path, "run")
 
@@ -267,7 +262,7 @@ def test_a_mask_that_an_unfinished_run_has_lost_is_made_again(brief, whole, tmp_
     assert content(finished(brief, run.folder)) == content(whole)
 
 
-def test_files_that_a_finished_run_has_lost_are_made_anew(brief, whole, tmp_path, one_thread):
+def test_files_that_a_finished_run_has_lost_are_made_anew(brief, whole, tmp_path):
     folder = tmp_path / "runs" / whole.id
     shutil.copytree(whole.folder, folder)
     run, masks = store.Run(folder), next((folder / "masks").iterdir())
@@ -280,12 +275,11 @@ def test_files_that_a_finished_run_has_lost_are_made_anew(brief, whole, tmp_path
 
 
 def killed_while_it_plans(runs: Path, config: dict) -> None:
-    torch.set_num_threads(1)
     pipeline.planned_work = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     pipeline.run(RunConfig.from_dict(config), runs=runs, cache=runs.parent / "cache")
 
 
-def test_a_run_that_was_killed_before_it_knew_its_plan_is_listed_and_goes_on(brief, whole, tmp_path, processes, capsys, one_thread):
+def test_a_run_that_was_killed_before_it_knew_its_plan_is_listed_and_goes_on(brief, whole, tmp_path, processes, capsys):
     process = processes.Process(target=killed_while_it_plans, args=(tmp_path / "runs", brief.to_dict()))
     process.start()
     process.join(60)
@@ -295,7 +289,7 @@ def test_a_run_that_was_killed_before_it_knew_its_plan_is_listed_and_goes_on(bri
     assert json.loads(capsys.readouterr().out)["id"] == run.id and content(run) == content(whole)
 
 
-def test_a_killed_run_goes_on_from_the_command_line(brief, whole, tmp_path, capsys, one_thread):
+def test_a_killed_run_goes_on_from_the_command_line(brief, whole, tmp_path, capsys):
     run = store.new_run(tmp_path / "runs", "run")
     store.write_json(run.folder / "run.json", {"config": brief.to_dict()})
     store.write_json(run.folder / "status.json", {**worker.WAITING, "state": "running", "pid": 2**22, "pid_born": 0.0})   # nobody has this id

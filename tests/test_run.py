@@ -39,8 +39,6 @@ from dpruner.texts import Texts
 REPOSITORY = Path(dpruner.__file__).parents[1]
 QUICK = {"domains": ("legal",), "nsamples": 4, "seqlen": 16, "evaluate": False, "halves": False, "general_mode": "static"}
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def files_in(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}

@@ -18,7 +18,6 @@ from dpruner.metrics import ACCURACY, MACRO_F1, PERPLEXITY, ROUGE, figure
 from dpruner.scoring import answered, candidate_ids, continued, log_likelihoods, summary_ids, summary_tokens
 from dpruner.tasks import Item, Task, from_rows, text_task
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENIZER = tiny_tokenizer()
 WORDS = ["rain", "a river in spring", "no", "the law of the land", "tea"]
 
