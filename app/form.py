@@ -11,6 +11,7 @@ from dpruner import RunConfig
 from dpruner.calibration import CATALOGUE, builtin_domains
 from dpruner.compensate import HESSIANS
 from dpruner.config import METHODS, split_domain
+from dpruner.errors import InputError
 from dpruner.files import USUAL_COLUMNS
 from dpruner.formulas import DEFAULT_LAM, FORMULAS
 from dpruner.loading import DTYPES, STARTER, pick_device
@@ -97,11 +98,32 @@ def bring_files(place) -> None:
     for file in place.file_uploader("Your own files", uploads.TYPES, accept_multiple_files=True, key="run-upload",
                                     help="txt, md, csv, jsonl, json or parquet, up to 50 MB each; every fifth document is held out to "
                                          "judge the result on."):
+        if file.file_id in st.session_state.setdefault("run-seen", set()):   # taken out of the choice, or deleted, it stays out
+            continue
         with widgets.guarded():
             path = str(uploads.save(file.name, file.getvalue(), state.RUNS).relative_to(uploads.folder(state.RUNS)))
-            if path not in st.session_state.setdefault("run-seen", set()):   # chosen once; taken out of the choice it stays out
-                st.session_state["run-seen"].add(path)
-                st.session_state["run-files"] = [*st.session_state.get("run-files", []), path]
+            st.session_state["run-seen"].add(file.file_id)
+            chosen = st.session_state.get("run-files", [])
+            st.session_state["run-files"] = [*chosen, *({path} - set(chosen))]
+
+
+def delete_files(there: dict[str, Path]) -> None:
+    """A button for each file that was brought."""
+    with st.popover("Delete files", icon=":material/delete:"):
+        st.markdown("Delete a file from the machine that this program runs on? This cannot be undone. Runs that have read it keep what they found; "
+                    "they can no longer go on or be repeated.")
+        for name, path in there.items():
+            st.button(f"Delete {path.name}", key=f"run-file-delete-{name}", on_click=delete_file, args=(path,))
+    if problem := st.session_state.pop("run-file-problem", None):
+        st.error(problem, icon=":material/error:")
+
+
+def delete_file(path: Path) -> None:
+    """For `on_click`: the list is then drawn without it."""
+    try:
+        uploads.delete(path, state.RUNS)
+    except InputError as error:
+        st.session_state["run-file-problem"] = str(error)
 
 
 def choose_files() -> tuple[dict[str, Path], list[str]]:
@@ -111,8 +133,9 @@ def choose_files() -> tuple[dict[str, Path], list[str]]:
         return {}, []
     st.session_state["run-files"] = [name for name in st.session_state.get("run-files", []) if name in there]
     found, refused = {}, []
-    for name in st.multiselect("Your files", list(there), format_func=lambda n: Path(n).name, key="run-files",
-                               help="Files brought now or earlier."):
+    chosen = st.multiselect("Your files", list(there), format_func=lambda n: Path(n).name, key="run-files", help="Files brought now or earlier.")
+    delete_files(there)
+    for name in chosen:
         path, label = there[name], Path(name).name.split(".")[0]
         refused.append(path.name)
         with widgets.guarded(), uploads.named(state.RUNS):

@@ -19,7 +19,9 @@ def happening() -> None:
     active = [(run, status) for run, status in known if status["state"] in ("queued", "running")]
     before = st.session_state.get("run-active", set())
     st.session_state["run-active"] = {run.id for run, _ in active}
-    if before - st.session_state["run-active"]:
+    if ended := before - st.session_state["run-active"]:
+        if done := [run.id for run, status in known if run.id in ended and status["state"] == "done"]:
+            state.look_at(done[0])
         st.rerun()
     for run, status in sorted(active, key=lambda each: (each[1]["state"] != "running", each[1].get("ahead", 0), each[0].id)):
         show_active(run, status)

@@ -75,8 +75,15 @@ def choose() -> None:
     Done by the script that all pages share: a widget drawn by a page forgets its value when the user goes to another one.
     """
     st.session_state["_selection"] = None
+    if ended := st.session_state.pop("_look-at", None):
+        st.session_state["run"] = ended
     with st.sidebar:
         st.session_state["_selection"] = _chosen({run.id: run for run in finished_runs()})
+
+
+def look_at(run: str) -> None:
+    """Select a run that the user has just seen end, when the page is drawn next."""
+    st.session_state["_look-at"] = run
 
 
 def _chosen(runs: dict[str, Run]) -> Selection | None:

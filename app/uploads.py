@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import re
+import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 import pyarrow.parquet
 
-from dpruner import files, store
+from dpruner import files, store, worker
 from dpruner.errors import InputError
 
 TYPES = [*(t.removeprefix(".") for t in files.BUILDERS), "gz"]
@@ -67,6 +68,30 @@ def saved(runs: Path) -> list[Path]:
     """All files that were brought, newest first."""
     found = [p for p in folder(runs).glob("*/*") if p.is_file() and p.parent.name.startswith(p.name.split(".")[0] + "-")]
     return sorted(found, key=lambda p: -p.stat().st_mtime)
+
+
+def delete(path: Path, runs: Path) -> None:
+    """Remove a file that was brought, and what was made of it.
+
+    Raises:
+        InputError: a run that has not ended reads it, or it cannot be removed.
+    """
+    readers = [run.id for run in store.find_runs(runs) if _reads(run, path)]
+    if readers:
+        raise InputError(f"The file {path.name!r} cannot be deleted", f"the run {readers[0]} reads it", "wait until it has ended, or cancel it")
+    try:
+        shutil.rmtree(path.parent)
+    except FileNotFoundError:   # somebody else deleted it
+        pass
+    except OSError as error:
+        raise InputError(f"The file {path.name!r} could not be deleted", str(error.strerror).lower(), "check its permissions") from error
+
+
+def _reads(run: store.Run, path: Path) -> bool:
+    try:
+        return str(path.parent.absolute()) in " ".join(run.config["domains"]) and worker.state(run)["state"] in worker.GOING
+    except InputError:   # a damaged folder reads nothing
+        return False
 
 
 @contextlib.contextmanager

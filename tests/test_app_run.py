@@ -355,9 +355,15 @@ def test_every_stage_is_explained():
     assert stages <= set(sofar.NOW)
 
 
-def test_when_a_run_ends_the_page_shows_it(runs, small):
-    at = opened(active={small.run.id})   # it was running when this session last looked
-    assert at.session_state["run-active"] == set() and at.dataframe
+def test_when_a_run_ends_the_page_shows_it_and_the_sidebar_follows(runs, small):
+    shutil.copytree(runs / small.run.id, runs / "29991231-newer")
+    at = opened()
+    assert at.selectbox(key="run").value == "29991231-newer"
+    at.session_state["run-active"] = {small.run.id}   # it was running when this session last looked
+    calm(at.run())
+    assert at.session_state["run-active"] == set() and at.dataframe and at.selectbox(key="run").value == small.run.id
+    calm(at.selectbox(key="run").set_value("29991231-newer").run())
+    assert at.selectbox(key="run").value == "29991231-newer"
 
 
 def test_the_demonstration_is_started_once_where_there_is_no_run(tmp_path, monkeypatch, submitted):
@@ -622,6 +628,23 @@ def test_files_that_are_brought_become_domains_with_a_column_each(runs, submitte
     assert json.loads(Path(path).read_text().splitlines()[2])["text"].startswith("body of contract 2")
     calm(at.multiselect(key="run-files").set_value([]).run())
     assert at.multiselect(key="run-files").value == []   # taken out, it stays out, though the uploader still holds it
+
+
+def test_a_file_that_was_brought_can_be_deleted_once_no_run_reads_it(runs, submitted):
+    at = opened()
+    at.file_uploader(key="run-upload").upload("secret.txt", (b"A paragraph of words. " * 9 + b"\n\n") * 99, "text/plain")
+    calm(at.run())
+    path, = uploads.saved(runs)
+    config = RunConfig(domains=("legal", f"secret={path.absolute()}"))
+    for going in (True, False):
+        written(runs / "20300101-a", config, state="running" if going else "cancelled")
+        calm(at.button(key=f"run-file-delete-{path.relative_to(runs / 'uploads')}").click().run())
+        assert [e.value for e in at.error] == ["The file 'secret.txt' cannot be deleted: the run 20300101-a reads it; wait until it has ended, or cancel "
+                                               "it."] * going
+        assert path.is_file() == going
+    assert not path.parent.exists() and not start(at).disabled   # nor does it come back, though the uploader still holds it
+    calm(at.run())
+    assert not uploads.saved(runs)
 
 
 @pytest.mark.parametrize(("name", "content", "sentence"), [
