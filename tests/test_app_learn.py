@@ -310,7 +310,7 @@ def test_a_lesson_that_failed_says_so_and_can_go_on(unfinished, monkeypatch):
     error = {"what": "The lesson stopped", "why": "the disk is full", "what to do": "free some space"}
     store.write_json(unfinished.folder / "status.json", {**worker.WAITING, "state": "failed", "error": error})
     page = opened("Why")
-    assert page.error[0].value == "The lesson stopped: the disk is full; free some space." and page.get("plotly_chart")
+    assert page.error[0].value == "The lesson stopped: the disk is full. Mend that if need be, and resume it: what it has is kept." and page.get("plotly_chart")
     page.button(key="learn-resume").click().run()
     assert started == [(unfinished.folder, ["analysis.lesson.prepare", str(unfinished.folder), str(state.RUNS), str(state.CACHE)])]
 

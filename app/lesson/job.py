@@ -75,10 +75,9 @@ def progress(run: Run, before: frozenset[str]) -> None:
         if ready(run) != before or status["state"] == "done":
             st.rerun()
         if status["state"] in worker.OVER:
-            error = status.get("error") or {"what": "The lesson was cancelled", "why": "its process was ended", "what to do": "go on with "
-                                                                                                                              "it"}
-            st.error(f"{error['what']}: {error['why']}; {error['what to do']}.", icon=":material/error:")
-            if st.button("Go on", key="learn-resume", icon=":material/resume:"):
+            error = status.get("error") or {"what": "The lesson was cancelled", "why": "its process was ended"}
+            st.error(f"{error['what']}: {error['why']}. Mend that if need be, and resume it: what it has is kept.", icon=":material/error:")
+            if st.button("Resume", key="learn-resume", icon=":material/resume:"):
                 begin(run)
                 st.rerun()
             return
