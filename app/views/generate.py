@@ -262,11 +262,11 @@ def columns(count: int) -> list:
 
 
 def about(wanted: dict, of: Run) -> str:
-    at = percent(wanted['sparsity'], 0)
-    if data.own_masks(of, wanted["sparsity"]):
-        return f"At **{at}** sparsity: the run's own masks" + (", with the kept weights it moved." if of.config["compensate"] else ".")
-    return (f"At **{at}** sparsity: masks cut from the run's ranks, one threshold for each matrix"
-            + (", without the kept weights it moved at its own sparsity." if of.config["compensate"] else "."))
+    at, own = percent(wanted['sparsity'], 0), data.own_masks(of, wanted["sparsity"])
+    moved = [name for name in wanted["variants"] if name != DENSE and of.path("weights", *split(name)).is_file()]
+    of_moved = f"the kept weights that {listed(moved)} moved"
+    return (f"At **{at}** sparsity: " + ("the run's own masks" if own else "masks cut from the run's ranks, one threshold for each matrix")
+            + (f", {'with' if own else 'without'} {of_moved}{'' if own else ' at its own sparsity'}." if moved else "."))
 
 
 st.caption("The dense model and pruned copies of it continue the same text, with the same seed.")
