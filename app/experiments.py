@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from pathlib import Path
 
 import streamlit as st
 
@@ -13,12 +14,15 @@ from dpruner.config import split_domain
 from dpruner.designs import DESIGNS
 from dpruner.errors import InputError
 from dpruner.experiments import Experiment, asked, find_experiments, place, prepared
-from dpruner.findings import command
+from dpruner.findings import command, model_of
 from dpruner.store import Run
 from dpruner.units import duration
 
 
-def root():
+SHIPPED = Path(__file__).parents[1] / "docs" / "results"   # figures behind docs/RESULTS.md, without their runs
+
+
+def root() -> Path:
     """The folder of the experiments, beside the runs."""
     return state.RUNS.absolute().parent / "experiments"
 
@@ -34,6 +38,7 @@ def section(run: Run) -> None:
                "its own; what it has finished stays, and starting it again goes on from there.")
     begin(run)
     found = {e.id: e for e in find_experiments(root())}
+    found |= {e.id: e for e in find_experiments(SHIPPED) if e.id not in found}
     if not found:
         st.caption("There is no experiment yet.")
         return
@@ -66,9 +71,10 @@ def told(experiment: Experiment) -> str:
     """An experiment in a list, so that those of one question can be told apart."""
     record, axis = experiment.record, experiment.design.axis
     config = record["config"]
-    parts = [experiment.design.question, listed(split_domain(d)[0] for d in config["domains"])]
+    parts = [experiment.design.question, f"{model_of(experiment)} for {listed(split_domain(d)[0] for d in config['domains'])}"]
     parts += [] if axis == "sparsity" else [f"sparsity {in_words('sparsity', config['sparsity'])}"]
-    return " · ".join([*parts, f"{axis} {', '.join(in_words(axis, value) for value in record['values'])}", experiment.id.rpartition("-")[2]])
+    return " · ".join([*parts, f"{axis} {', '.join(in_words(axis, value) for value in record['values'])}", experiment.id.rpartition("-")[2],
+                       *(["comes with the program"] if experiment.folder.parent == SHIPPED else [])])
 
 
 def in_words(axis: str, value) -> str:
@@ -94,7 +100,7 @@ def watch(experiment: Experiment) -> None:
                         + (f" · about {duration(status['eta_seconds'])} left, by what is done so far" if status.get("eta_seconds") else ""))
             if st.button("Cancel", key="results-experiment-cancel", icon=":material/cancel:"):
                 worker.cancel(experiment)
-        elif status["state"] != "done":
+        elif status["state"] != "done" and experiment.folder.parent != SHIPPED:
             error = status.get("error")
             st.info(f"It failed. {error['what']}: {error['why']}; {error['what to do']}." if error else f"It is {status['state']}.")
             if st.button("Resume", key="results-experiment-resume", icon=":material/resume:"):

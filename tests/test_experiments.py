@@ -523,6 +523,21 @@ def test_a_choice_is_told_by_its_mean_and_by_what_is_more_than_noise():
     assert "row +0.0 % (better in 1, worse in 1 of 2)" in text and "block +0.1 % (inside the noise in all of 1)" in text
 
 
+def test_figures_that_come_with_the_program_are_there_on_the_first_day(small, tmp_path, monkeypatch):
+    shutil.copytree(small.runs, tmp_path / "runs")
+    monkeypatch.setattr(state, "RUNS", tmp_path / "runs")
+    page = AppTest.from_file(MAIN, default_timeout=60)
+    page.switch_page("views/results.py")
+    page.run()
+    chosen = page.selectbox(key="results-experiment")
+    shipped = [path.parent.name for path in (ROOT / "docs" / "results").glob("*/experiment.json")]
+    assert not page.exception and len(chosen.options) == len(shipped) and all(o.endswith("comes with the program") for o in chosen.options)
+    for name in shipped:
+        page.selectbox(key="results-experiment").set_value(name).run()
+        assert not page.exception and not page.error and any("-experiment-" in e.proto.id for e in page.get("plotly_chart"))
+    assert not any(button.key == "results-experiment-resume" for button in page.button)
+
+
 def test_the_page_starts_an_experiment_and_shows_a_finished_one(small, folder, done, transferred, tmp_path, monkeypatch):
     shutil.copytree(small.runs, tmp_path / "runs")
     shutil.copytree(folder / "e", tmp_path / "experiments")
