@@ -131,8 +131,10 @@ def test_a_run_that_waits_ends_as_it_is_told_to_or_with_what_is_wrong(llama, run
 
 
 def listening() -> None:
-    """A test run in the background hands down that it does not hear ctrl-C."""
+    """A test run in the background, or by nohup, hands down what it does not hear."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in signals.ENDING:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def in_the_background() -> None:

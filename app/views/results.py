@@ -97,8 +97,8 @@ def over_sparsity() -> None:
         st.caption(f"Left out, because they were judged on other held-out windows: {listed(left_out, 4)}.")
     if table[table.method != results.DENSE].sparsity.nunique() < 2:
         st.info(f"All finished runs of this model for {domain} have one sparsity. Start a run at another one, "
-                "judged on as many held-out documents, on the page **Run**: they meet here. Or start the experiment *How much can go, and by which "
-                "method?* at the foot of this page.")
+                "judged on as many held-out documents, on the page **Run**: they meet here. The experiment *How much can go, and by which method?* at "
+                "the foot of this page shows such figures of the starter model, and can be started for this run.")
         return
     made = comparisons.quality(table.assign(method=table.series), x="sparsity", series="method")
     widgets.chart(entitled(made, f"Perplexity on {text} text against sparsity, pruned for {domain}"), "results-sparsity")
