@@ -259,9 +259,9 @@ def transfer_words(table: pd.DataFrame) -> Iterator[str]:
 
 
 def time_words(path: Path) -> Iterator[str]:
-    """What the walk costs on the starter, as tests/bench_speed.py has measured it."""
-    if path.is_file():
-        walk = read_json(path)["walk"]
-        yield (f"On the starter the dual walk and the domain's gradients take {walk['ratio']:.2f} times the time of SparseGPT on the same text "
-               f"({walk['sparsegpt']:.1f} s of processor); with the open domain's gradients too, which all domains share, {walk['ratio with both']:.2f} times: with "
-               f"64 × 128 tokens a side. With fewer than {2 * FISHER_ENOUGH} sequences, as in the goal's comparisons, no gradient is left out, which takes longer.")
+    """What the walk costs, as tests/bench_speed.py has measured it."""
+    for name, walk in (read_json(path)["walk"] if path.is_file() else {}).items():
+        yield (f"On {name} the dual walk and the domain's gradients take {walk['ratio']:.2f} times the time of SparseGPT on the same text "
+               f"({walk['sparsegpt']:.1f} s of processor); with the open domain's gradients too, which all domains share, "
+               f"{walk['ratio with both']:.2f} times: with 64 × 128 tokens a side. With fewer than {2 * FISHER_ENOUGH} sequences, as in the goal's "
+               "comparisons, no gradient is left out, which takes longer.")

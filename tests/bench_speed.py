@@ -6,6 +6,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import smollm2
 import torch
 
 from dpruner.baselines import sparsegpt
@@ -95,9 +96,9 @@ def sizes() -> list[dict]:
     return rows
 
 
-def walk_cost() -> dict:
+def walk_cost(name: str, dtype: str) -> dict:
     """Processor seconds of the dual walk with all it needs, against SparseGPT on the same two sets: 64 × 128 tokens each, 60 %."""
-    model, tokenizer = load_model("starter", device="cpu")
+    model, tokenizer = load_model(name, device="cpu", dtype=dtype)
     general, domain = (load_calibration(name, tokenizer, 64, 128) for name in ("general", "legal"))
 
     def counted(task):
@@ -115,12 +116,14 @@ def walk_cost() -> dict:
 
 def main(row) -> None:
     """Measure, print a row for each figure, and keep all of them."""
+    models = {"starter": ("starter", "float32")} | ({"smollm2": (str(smollm2.FOLDER), "bfloat16")} if smollm2.FOLDER.is_dir() else {})
     found = {"machine": f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} thread(s), {device()}",
-             "shape": list(SHAPE), "products": products(), "bytes": sizes(), "walk": walk_cost()}
+             "shape": list(SHAPE), "products": products(), "bytes": sizes(), "walk": {name: walk_cost(*how) for name, how in models.items()}}
     for r in found["products"]:
         row(f"{r['how']}, {r['sparsity']:.0%} zeros, {r['tokens']} token(s)", f"dense {SHAPE[0]} × {SHAPE[1]}",
             f"{r['value']:.2f}× as fast ({r['low']:.2f} to {r['high']:.2f})", "told")
     for r in found["bytes"]:
         row(f"starter at {r['sparsity']:.0%}, kept weights + packed mask", "dense bytes", f"{r['kept weights + packed mask']:.2f}×", "told")
-    row("dual walk and the domain's Fisher, processor seconds", f"SparseGPT ({found['walk']['sparsegpt']:.1f} s)", f"{found['walk']['ratio']:.2f}×", "≤ 2×")
+    for name, walk in found["walk"].items():
+        row(f"dual walk of {name} and the domain's Fisher, processor seconds", f"SparseGPT ({walk['sparsegpt']:.1f} s)", f"{walk['ratio']:.2f}×", "≤ 2×")
     write_json(STORED, found)
