@@ -5,18 +5,19 @@ the rows: task, model, mask, seed. It grows by groups of items, each write a ren
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
 from torch import nn
 
-from dpruner import metrics, scoring, store
+from dpruner import metrics, scoring, store, turns
 from dpruner.calibration import builtin_domains, load_texts
 from dpruner.config import RunConfig, split_domain
 from dpruner.errors import InputError
 from dpruner.evaluate import require_seed
+from dpruner.loading import pick_device
 from dpruner.store import Run, open_run
 from dpruner.tasks import ITEMS, Task, drawn, load_task, text_task
 from dpruner.variants import DENSE, chosen, label, load_original, variant
@@ -30,7 +31,7 @@ Model = tuple[str, str]   # method and domain; ("dense", "") is the original
 
 def evaluate(run: Run | str | Path, tasks: Sequence[str | Path | Task] | None = None, methods: Sequence[str] | None = None,
              domains: Sequence[str] | None = None, *, against: str = DENSE, limit: int | None = ITEMS, seed: int = 0, seqlen: int | None = None,
-             device: str | None = None, progress: Progress = quiet) -> pd.DataFrame:
+             device: str | None = None, progress: Progress = quiet, waiting: Callable[[int], None] = turns.say) -> pd.DataFrame:
     """Give tasks to the pruned models of a run, and to the one they are compared with, and sum up what they made of them.
 
     Args:
@@ -44,6 +45,7 @@ def evaluate(run: Run | str | Path, tasks: Sequence[str | Path | Task] | None = 
         seqlen: tokens a window of perplexity; default as in the run.
         device: as `load_model` takes it; default the run's own.
         progress: called with ("<task> · <method>@<domain>", items done, items).
+        waiting: called with how many are ahead while others have the device, and when that changes; by default it is said on stderr.
 
     Returns:
         One row for each task, metric and model, the dense one first: COLUMNS. Shares are 0 to 1; a difference is to the model it is `against`,
@@ -67,16 +69,22 @@ def evaluate(run: Run | str | Path, tasks: Sequence[str | Path | Task] | None = 
         plan = dict.fromkeys(models, named)
     plan = {(DENSE, ""): list({task.name: task for of in plan.values() for task in of}.values()), **plan}
 
+    with turns.turn(pick_device(device or config.device), waiting):
+        _answer(run, plan, device, progress, seed, seqlen or config.eval_seqlen)
+    return figures(run, {model: [task.name for task in of] for model, of in plan.items()}, against, seed)
+
+
+def _answer(run: Run, plan: dict[Model, list[Task]], device: str | None, progress: Progress, seed: int, seqlen: int | None) -> None:
+    """Give tasks to the models of a run; arguments as `evaluate` takes them."""
     original, tokenizer = load_original(run, device)
     key = {"model": run.record["model"]["fingerprint"], "device": original.device.type, "precision": str(original.dtype).removeprefix("torch."),
-           "torch": version("torch"), "transformers": version("transformers"), "seed": seed, "seqlen": seqlen or config.eval_seqlen}
+           "torch": version("torch"), "transformers": version("transformers"), "seed": seed, "seqlen": seqlen}
     for (method, domain), of in plan.items():
         with variant(original, run, method, domain):
             for task in of:
                 what = f"{task.name} · {label(method, domain)}"
                 answers(path_of(run, method, domain, task.name), {**key, "mask": _mask(run, method, domain)}, original, tokenizer, task,
                         progress=lambda _, done, total, what=what: progress(what, done, total))
-    return figures(run, {model: [task.name for task in of] for model, of in plan.items()}, against, seed)
 
 
 def answers(path: Path, key: dict, model: nn.Module, tokenizer, task: Task, *, progress: Progress = quiet) -> pd.DataFrame:

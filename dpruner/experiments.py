@@ -268,11 +268,6 @@ def _conduct(experiment: Experiment, run: Run, point: Point, cache, seconds: Sec
     record = experiment.record
     shared = RunConfig.from_dict(record["config"])
     config, (pruning, tuning, judging) = dataclasses.replace(shared, **point.settings), (part / sum(seconds) for part in seconds)
-    if not (run.folder / store.LAST).is_file():
-        pipeline.run(config, folder=run.folder, cache=cache, watch=lambda status: progress(pruning * status.share), waiting=waiting)
-    experiment.require_same_model(run)
-    if point.tune:
-        finetuned(run, point.tune)
     tasks, answering = judged_on(record), []
     # of a model and a task, the dense one's among them
     pairs = sum(len(given) * (1 + len(labels) * len(config.methods)) for labels, given in tasks)
@@ -281,8 +276,14 @@ def _conduct(experiment: Experiment, run: Run, point: Point, cache, seconds: Sec
         answering.extend({what} - set(answering))
         progress(pruning + tuning + judging * min(1.0, (len(answering) - 1 + done / total) / pairs))
 
-    for labels, given in tasks:
-        evaluations.evaluate(run, given, domains=labels, seed=shared.seed, progress=answered)
+    with turns.turn(pick_device(config.device), waiting):
+        if not (run.folder / store.LAST).is_file():
+            pipeline.run(config, folder=run.folder, cache=cache, watch=lambda status: progress(pruning * status.share))
+        experiment.require_same_model(run)
+        if point.tune:
+            finetuned(run, point.tune)
+        for labels, given in tasks:
+            evaluations.evaluate(run, given, domains=labels, seed=shared.seed, progress=answered)
     for folder in LARGE:
         shutil.rmtree(run.folder / folder, ignore_errors=True)
     store.write_json(run.folder / "judged.json", {"tune": point.tune})

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
 import psutil
@@ -21,6 +22,8 @@ from filelock import FileLock, Timeout
 from dpruner.store import write_json
 
 POLL = 0.3   # seconds between two looks at the queue
+
+_held: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())   # queues of devices that a call stands inside a `turn` of
 
 
 def identity(pid: int | None = None) -> dict:
@@ -101,12 +104,15 @@ def say(ahead: int) -> None:
 
 @contextlib.contextmanager
 def turn(device: torch.device, waiting: Callable[[int], None]) -> Iterator[None]:
-    """Hold a device; those that came first go first.
+    """Hold a device; those that came first go first. Whoever holds it already need not wait for himself.
 
     Args:
-        waiting: called with how many are ahead, again and again until it is this process's turn.
+        waiting: called with how many are ahead, and again when that changes, until it is this process's turn.
     """
-    folder = queue_of(device)
+    folder, told = queue_of(device), 0
+    if folder in _held.get():
+        yield
+        return
     mine = next((ticket for ticket, who in _living(folder) if who["pid"] == os.getpid()), None) or take_ticket(device)
     lock = FileLock(folder / "lock")
     try:
@@ -116,9 +122,15 @@ def turn(device: torch.device, waiting: Callable[[int], None]) -> Iterator[None]
                 with contextlib.suppress(Timeout):
                     lock.acquire(timeout=0)
                     break
-            waiting(max(1, len(ahead)))
+            if told != max(1, len(ahead)):
+                told = max(1, len(ahead))
+                waiting(told)
             time.sleep(POLL)
-        yield
+        before = _held.set(_held.get() | {folder})
+        try:
+            yield
+        finally:
+            _held.reset(before)
     finally:
         mine.unlink(missing_ok=True)
         lock.release()

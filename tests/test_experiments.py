@@ -555,7 +555,7 @@ def test_the_page_starts_an_experiment_and_shows_a_finished_one(small, folder, d
     def charts():
         return {e.proto.id.rsplit("-experiment-", 1)[-1] for e in page.get("plotly_chart") if "-experiment-" in e.proto.id}
 
-    assert charts() == {"differences", "measured"} and "started" not in " ".join(i.value for i in page.info)
+    assert charts() == {"differences", "measured"} and "It is not started" not in " ".join(i.value for i in page.info)
     assert page.code[0].value == findings.command(done[0])
     page.selectbox(key="results-experiment").set_value(transferred[0].id).run()
     assert not page.exception and charts() == {"excess", "prediction"}

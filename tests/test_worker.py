@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from dpruner import InputError, RunConfig, cli, experiments, pipeline, signals, status, store, turns, worker
+from dpruner import InputError, RunConfig, cli, evaluations, experiments, pipeline, signals, status, store, turns, worker
 from dpruner.memory import parse_size
 from dpruner.store import Run
 
@@ -128,6 +128,14 @@ def test_a_run_that_waits_ends_as_it_is_told_to_or_with_what_is_wrong(llama, run
     assert (after["state"], after["error"], after["pairs"]) == ("cancelled", None, [])
     _, after = waiting_run(llama, runs / "wrong", busy, busy, model="no-such-model")
     assert after["state"] == "failed" and sentence(after).startswith("The model 'no-such-model' could not be loaded: ")
+
+
+def test_an_evaluation_waits_for_its_turn_too_and_whoever_has_it_does_not_wait_for_himself(small, tmp_path, busy):
+    run, ahead = Run(shutil.copytree(small.run.folder, tmp_path / "run")), []
+    found = evaluations.evaluate(run, limit=2, methods=["random"], domains=["legal"], waiting=lambda count: (ahead.append(count), busy()))
+    assert ahead == [1] and set(found.method) == {"dense", "random"}
+    with turns.turn(torch.device("cpu"), ahead.append), turns.turn(torch.device("cpu"), ahead.append):
+        assert ahead == [1]
 
 
 def listening() -> None:
