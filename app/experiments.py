@@ -37,14 +37,15 @@ def section(run: Run) -> None:
     st.caption("One question, asked of several runs that differ in one setting and are judged on the same held-out text. An experiment is a process of "
                "its own; what it has finished stays, and starting it again goes on from there.")
     begin(run)
-    found = {e.id: e for e in find_experiments(root())}
-    found |= {e.id: e for e in find_experiments(SHIPPED) if e.id not in found}
+    own = {e.id: e for e in find_experiments(root())}
+    found = own | {e.id: e for e in find_experiments(SHIPPED) if e.id not in own}
     if not found:
         st.caption("There is no experiment yet.")
         return
-    chosen = st.selectbox("Experiment", list(found), key="results-experiment",
-                          format_func=lambda name: told(found[name]))
-    watch(found[chosen])
+    chosen = st.selectbox("Experiment", list(found), index=0 if own else None, key="results-experiment", format_func=lambda name: told(found[name]),
+                          placeholder=f"Choose one of {len(found)} to see what it found")
+    if chosen:
+        watch(found[chosen])
 
 
 def begin(run: Run) -> None:
@@ -89,13 +90,30 @@ def is_whole(experiment: Experiment) -> bool:
     return False
 
 
-@st.fragment(run_every=2)
+def state_of(experiment: Experiment) -> dict:
+    """Its status; figures that were passed on come without one."""
+    known = (experiment.folder / "status.json").is_file()
+    return worker.state(experiment) if known else {"state": "done" if is_whole(experiment) else "not started"}
+
+
 def watch(experiment: Experiment) -> None:
-    """How far it is; when it has ended, what it found."""
+    """How far it is, looked at every other second while it goes on; when it has ended, what it found."""
     with widgets.guarded():
-        known = (experiment.folder / "status.json").is_file()
-        status = worker.state(experiment) if known else {"state": "done" if is_whole(experiment) else "not started"}
-        if status["state"] in ("queued", "running"):
+        going = state_of(experiment)["state"] in worker.GOING
+        st.fragment(look, run_every=2 if going else None)(experiment, going)
+
+
+def look(experiment: Experiment, going: bool) -> None:
+    """One look at an experiment.
+
+    Args:
+        going: whether it was going on when the page was drawn.
+    """
+    with widgets.guarded():
+        status = state_of(experiment)
+        if going != (status["state"] in worker.GOING):
+            st.rerun()
+        if going:
             st.progress(min(1.0, status["progress"]), f"{status['about'] or 'starting'} · {status['stage']} · {percent(status['progress'], 0)}"
                         + (f" · about {duration(status['eta_seconds'])} left, by what is done so far" if status.get("eta_seconds") else ""))
             if st.button("Cancel", key="results-experiment-cancel", icon=":material/cancel:"):
@@ -105,6 +123,7 @@ def watch(experiment: Experiment) -> None:
             st.info(f"It failed. {error['what']}: {error['why']}; {error['what to do']}." if error else f"It is {status['state']}.")
             if st.button("Resume", key="results-experiment-resume", icon=":material/resume:"):
                 worker.submit_experiment(experiment, state.CACHE)
+                st.rerun()
         if (experiment.folder / "results.parquet").is_file():
             show(experiment)
 
