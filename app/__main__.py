@@ -66,8 +66,7 @@ def main() -> None:
     for needed in ("before", "finished", "form"):   # of the first page: loaded now, it is there at once
         importlib.import_module(f"app.{needed}")
     from streamlit.web import cli
-    # elsewhere than in its folder it has no config file
-    sys.argv = ["streamlit", "run", str(MAIN), *sys.argv[1:], "--global.disableWidgetStateDuplicationWarning=true", f"--server.address={where}"]
+    sys.argv = ["streamlit", "run", str(MAIN), *sys.argv[1:], f"--server.address={where}"]
     sys.exit(cli.main())
 
 

@@ -91,7 +91,7 @@ def command(experiment: Experiment) -> str:
 def in_short(tables: dict[Experiment, pd.DataFrame]) -> Iterator[str]:
     """What follows from the tables, whatever it is."""
     yield from reached([t for e, t in tables.items() if e.record["name"] == "goal"])
-    tables = {e: t.assign(sparsity=e.record["config"]["sparsity"]) for e, t in tables.items()}
+    tables = {e: t.assign(sparsity=e.record["config"]["sparsity"], calibration="{nsamples} × {seqlen}".format(**e.record["config"])) for e, t in tables.items()}
     yield from reached_again([t for e, t in tables.items() if e.record["name"] == "seeds"])
     special = {"goal": goal_words, "seeds": seeds_words, "sparsity": sparsity_words, "walk": walk_words, "calibration": calibration_words,
                "transfer": transfer_words, "finetune": finetune_words}
@@ -147,7 +147,7 @@ def goal_words(table: pd.DataFrame) -> Iterator[str]:
             back = shares[(shares.x == x) & (shares.domain == domain)].value
             told.append(f"{float(x):.0%}: {gains(at.difference)} of {gains(room)} % possible"
                         + (f", {spread(back, percent)} of the loss taken back" if len(back) else ""))
-        yield (f"Dual walk against SparseGPT on both calibrations, pruned for {domain}: {verdicts(of)} comparisons over {of.task.nunique()} texts. Perplexity, "
+        yield (f"Dual walk against SparseGPT on both calibrations, {table.calibration.iloc[0]} tokens a side, pruned for {domain}: {verdicts(of)} comparisons over {of.task.nunique()} texts. Perplexity, "
                "the least and the most over the texts, beside what the dense model would gain: " + "; ".join(told) + ".")
 
 

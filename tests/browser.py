@@ -18,13 +18,13 @@ PAGES = ("", "layers", "overlap", "similarity", "explore", "generate", "results"
 
 @contextlib.contextmanager
 def served(runs: Path, cache: Path):
-    """The app on a free port of this machine; yields its address."""
+    """The app on a free port of this machine, started elsewhere than in its own folder; yields its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    server = subprocess.Popen([sys.executable, "-m", "streamlit", "run", "app/main.py", "--server.port", str(port), "--server.headless", "true",
-                               ], cwd=ROOT, env={**os.environ, "DPRUNER_RUNS": str(runs), "DPRUNER_CACHE": str(cache)},
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    places = {"PYTHONPATH": str(ROOT), "DPRUNER_RUNS": str(runs), "DPRUNER_CACHE": str(cache)}
+    server = subprocess.Popen([sys.executable, "-m", "streamlit", "run", str(ROOT / "app/main.py"), "--server.port", str(port), "--server.headless", "true"],
+                              cwd=runs.parent, env={**os.environ, **places}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(150):

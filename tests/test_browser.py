@@ -159,6 +159,7 @@ def test_every_page_is_reached_and_shows_itself_without_an_error(visit):
     for name in filter(None, PAGES):
         turn_to(page, name)
         calm(page)
+        assert not page.get_by_text("Deploy", exact=True).count()   # the settings that lie beside the app hold wherever it is started
         if name in DRAWN:
             assert page.locator(".js-plotly-plot").count() >= 1 and page.get_by_text("How to read this").count() >= 1, name
 

@@ -492,7 +492,7 @@ def told(name: str, rows: list[tuple], axis: str = "0.5") -> str:
         for column, v in zip(columns.values(), row, strict=True):
             column.append(v)
     words = {"goal": lambda t: [*findings.reached([t]), *findings.goal_words(t)]}.get(name, lambda t: findings.choice_words(t, DESIGNS[name], 0.5))
-    return " ".join(words(pd.DataFrame(columns)))
+    return " ".join(words(pd.DataFrame(columns).assign(calibration="9 × 99")))
 
 
 def test_the_goal_is_told_with_its_ceiling_and_where_it_is_missed():
@@ -501,7 +501,7 @@ def test_the_goal_is_told_with_its_ceiling_and_where_it_is_missed():
     rows += [("0.5", "dpruner, walk", "a", 101, 101 / 102 - 1, "inside the noise"), ("0.8", "dpruner, walk", "a", 120, -0.2, "better")]
     text = told("goal", rows)
     assert "50%: 0 and 0 of 1, where the dense model itself would reach both in 0; 80%: 1 and 1 of 1, where the dense model itself would reach both in 1" in text and "Worse beyond the noise: 0." in text
-    assert "better in 1 of 2" in text and "50%: −1.0 of −2.0 % possible; 80%: −20.0 of −33.3 % possible" in text
+    assert "9 × 99 tokens a side, pruned for legal: better in 1 of 2" in text and "50%: −1.0 of −2.0 % possible; 80%: −20.0 of −33.3 % possible" in text
     rows += [("0.8", "dense", "b", 90, np.nan, ""), ("0.8", "dpruner, walk", "b", 200, 0.3, "worse")]
     assert "Worse beyond the noise: 1." in told("goal", rows)
 
