@@ -216,10 +216,10 @@ def _finished(config: RunConfig, args: argparse.Namespace, begun: Callable[[], R
         if config.finetune and distributed.several():
             print("Fine-tuning takes one batch after the other: its domain pass runs in the first process, and the others wait.",
                   file=sys.stderr)
-        if not distributed.several():
-            for caution in estimate.cautions_of(config, where.get("runs")):
-                print(caution, file=sys.stderr)
         now = begun() if begun else config
+        if not distributed.several():
+            for caution in estimate.cautions_of(now, where.get("runs")):
+                print(caution, file=sys.stderr)
         with _stopped(lambda: _way_on(turns.identity(), **where)), watching() as watch:
             return pipeline.run(now, cache=args.cache, watch=watch, **where)
 

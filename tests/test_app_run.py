@@ -113,6 +113,9 @@ def test_a_waiting_and_a_running_run_say_where_they_are(runs):
     (runs / "20300101-a" / "log.txt").write_text("first\nlast words\n")
     at = opened(**{"log-20300101-a": True})
     assert "**20300102-b** waits: 2 runs before it on cpu." in words(at)
+    written(runs / "20300103-c", device="cpu", ahead=1)
+    said = words(calm(at.run()))
+    assert said.index("**20300101-a** is running") < said.index("**20300103-c** waits: 1 run ") < said.index("**20300102-b** waits")   # as they will go
     bar = at.get("progress")[0]
     assert bar.proto.value == 42 and bar.proto.text == "domain importance · legal · step 4 of 8 · 42 % · about 2 min left"
     assert "first\nlast words" in words(at)

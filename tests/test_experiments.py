@@ -21,6 +21,7 @@ from dpruner.domain import next_token_loss
 from dpruner.errors import InputError
 from dpruner.experiments import conduct, find_experiments, prepared
 from dpruner.masks import make_masks, pruned
+from dpruner.memory import Plan
 from dpruner.model import fingerprint
 from dpruner.store import Run
 from dpruner.transfer import predicts, transfer
@@ -205,6 +206,17 @@ def test_values_are_read_as_numbers_and_each_is_asked_once(config):
 
 
 # ---- time
+
+
+def test_the_time_told_counts_what_keeping_to_the_memory_costs(config, folder, monkeypatch):
+    question, speed = experiments.asked("lambda", config, values=["1"]), estimate.Speed(flops=1e5, sorted=1e7)   # so that work is most of it
+
+    def told(plan):
+        monkeypatch.setattr(estimate, "plan_of", lambda *_: plan)
+        return [point.pruning for point in experiments.foreseen(question, experiments.place(question, folder / "none"), speed=speed).points]
+
+    usual, sparing = told(Plan()), told(Plan(outside=True, checkpointing=True, passes=3))
+    assert len(usual) == 2 and all(longer > 1.2 * time for longer, time in zip(sparing, usual, strict=True))
 
 
 def test_the_time_is_told_before_it_starts_and_counts_what_is_done(done, transferred, config, folder, tmp_path):
